@@ -1,0 +1,60 @@
+"""Work on all cores whose result does not depend on how many there are.
+
+Libraries split one product or one factorization differently for every number of threads, and the
+last bits change with the split. So inside our jobs every torch op runs on one thread
+(`one_thread_per_op`), and cores are filled by whole pieces of work of a fixed size.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+# Read before any `one_thread_per_op`: respects OMP_NUM_THREADS and the process's CPU affinity.
+_THREADS = int(os.environ.get("EXL3_THREADS", 0)) or torch.get_num_threads()
+
+PANEL = 256  # columns of one piece of a product; part of the result's definition
+
+
+def threads() -> int:
+    """Number of worker threads (EXL3_THREADS, else OMP_NUM_THREADS, else the cores)."""
+    return _THREADS
+
+
+@contextmanager
+def one_thread_per_op() -> Iterator[None]:
+    """Torch runs every op on one thread inside this context."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def each(work: Callable[[T], R], items: Iterable[T]) -> list[R]:
+    """`[work(item) for item in items]`, on all cores; results in the order of the items."""
+    items = list(items)
+    if threads() == 1 or len(items) < 2:
+        return [work(item) for item in items]
+    with ThreadPoolExecutor(threads()) as pool:
+        return list(pool.map(work, items))
+
+
+def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """`a @ b` for a (m, k) and b (k, n), bit for bit the same for any number of threads."""
+    n = b.shape[1]
+    if a.is_cuda or n <= PANEL:
+        return a @ b
+    out = torch.empty(a.shape[0], n, dtype=a.dtype)
+    each(
+        lambda j: torch.matmul(a, b[:, j : j + PANEL], out=out[:, j : j + PANEL]),
+        range(0, n, PANEL),
+    )
+    return out
