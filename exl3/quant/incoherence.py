@@ -1,0 +1,83 @@
+"""Signs, channel scales and Hadamard transforms: weights become near-Gaussian with unit variance.
+
+W = diag(suh) B(in) W_inner B(out) diag(svh), as in the format; `regularize` solves it for W_inner.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from exl3.format.hadamard import hadamard_columns, hadamard_rows
+
+
+@dataclass
+class Regularized:
+    """A weight matrix on its way to the trellis.
+
+    inner: float32 (in, out), W_inner for input scales of 1 / `input_scales`.
+    """
+
+    half_way: torch.Tensor  # float32 (in, out): W diag(1/svh) B(out)
+    input_scales: torch.Tensor  # float32 (in,): signed; W_inner has unit variance under them
+    svh: torch.Tensor  # float16 (out,)
+
+    def inner(self, suh: torch.Tensor) -> torch.Tensor:
+        """W_inner, float32 (in, out), under the input scales suh (in,)."""
+        return hadamard_columns(self.half_way * _inverse(suh.float())[:, None])
+
+
+def regularize(
+    weight: torch.Tensor, generator: torch.Generator, out_scales: bool = True
+) -> Regularized:
+    """Chooses signs and channel scales for weight, float32 (in, out), multiples of 128.
+
+    Channels that are all zero get the scale zero, so that they are decoded to exact zeros.
+    """
+    rows, columns = weight.shape
+    sign_in, sign_out = _signs(rows, generator), _signs(columns, generator)
+    out = _rms(weight, 0)
+    if not out_scales:
+        out = (out > 0).float() * _rms(weight.flatten(), 0)
+    out = out / _mean_of_positive(out)
+    half_way = hadamard_rows(weight * _inverse(sign_out * out)[None, :])
+    share = _share(_mean_of_positive(_rms(half_way, 1)))
+    svh = (sign_out * out * share).half()
+    # Once more, from the scales as they will be stored.
+    half_way = hadamard_rows(weight * _inverse(svh.float())[None, :])
+    return Regularized(half_way, sign_in * _rms(half_way, 1), svh)
+
+
+def transform_hessian(hessian: torch.Tensor, suh: torch.Tensor) -> torch.Tensor:
+    """H (in, in) as errors of W_inner feel it: B diag(suh) H diag(suh) B, in H's dtype.
+
+    Channels of scale zero have no say in the output; a small scale keeps H definite there.
+    """
+    scale = suh.to(hessian.dtype)
+    mean = _mean_of_positive(scale.abs())
+    scale = torch.where(scale.abs() < 1e-3 * mean, 1e-3 * mean, scale) / mean
+    return hadamard_columns(hadamard_rows(hessian * scale[:, None] * scale[None, :]))
+
+
+def _signs(n: int, generator: torch.Generator) -> torch.Tensor:
+    return torch.randint(0, 2, (n,), generator=generator).float() * 2 - 1
+
+
+def _rms(x: torch.Tensor, dim: int) -> torch.Tensor:
+    # In float64: the squares of tiny weights leave the range of float32.
+    return x.double().square().mean(dim).sqrt().float()
+
+
+def _mean_of_positive(x: torch.Tensor) -> torch.Tensor:
+    positive = x[x > 0]
+    return positive.mean() if positive.numel() else torch.ones((), dtype=x.dtype)
+
+
+def _inverse(x: torch.Tensor) -> torch.Tensor:
+    return torch.where(x == 0, 0.0, 1 / x)
+
+
+def _share(scale: torch.Tensor) -> float:
+    """What svh takes over of the overall scale where suh alone would leave float16's range."""
+    if 2.0**-10 <= scale <= 2.0**10:
+        return 1.0
+    return 2.0 ** round(float(scale.log2()) / 2)
