@@ -1,0 +1,137 @@
+"""The folder of a conversion: what the job has done is what the folder shows.
+
+job.json               the settings
+calibration.safetensors  the calibration rows
+identity.json          hashes of source and rows: what the job works on
+layers/KEY.safetensors one finished linear
+states.safetensors     the hidden states that enter a block, and which block
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from exl3.errors import UserError
+from exl3.files import write_json
+from exl3.tensor_files import LazyTensor, write_safetensors
+
+
+class WorkDir:
+    """Reads and writes a conversion's progress; every file is whole or not there."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.layers = self.path / "layers"
+
+    # The job
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps a second process out while this one works here."""
+        self.layers.mkdir(parents=True, exist_ok=True)
+        with open(self.path / "lock", "w") as file:
+            if not _lock(file):
+                raise UserError(f"another process is working in {self.path}; wait for it to end")
+            yield
+
+    def check_identity(self, identity: dict[str, str]) -> None:
+        """Remembers what the job works on; UserError if it has changed since."""
+        path = self.path / "identity.json"
+        if not path.exists():
+            return write_json(path, identity)
+        before = json.loads(path.read_text())
+        changed = [k for k in identity if before.get(k) != identity[k]]
+        if changed:
+            raise UserError(
+                f"the {' and the '.join(changed)} changed since the job in {self.path} began; "
+                f"start afresh in another work folder"
+            )
+
+    # Calibration rows
+
+    def load_rows(self) -> torch.Tensor | None:
+        found = _read(self.path / "calibration.safetensors")
+        return found[0]["rows"] if found else None
+
+    def save_rows(self, rows: torch.Tensor) -> None:
+        write_safetensors(
+            self.path / "calibration.safetensors", [LazyTensor.of("rows", rows)]
+        )
+
+    # Finished layers
+
+    def layer_path(self, key: str) -> Path:
+        return self.layers / f"{key}.safetensors"
+
+    def has_layer(self, key: str) -> bool:
+        return self.layer_path(key).is_file()
+
+    def load_layer(self, key: str) -> dict[str, torch.Tensor]:
+        """The tensors of a finished layer, by their names without the key."""
+        found = _read(self.layer_path(key))
+        if found is None:
+            raise UserError(f"{self.layer_path(key)} is gone; resume the job to make it again")
+        return found[0]
+
+    def layer_report(self, key: str) -> dict[str, float]:
+        """What was noted about a finished layer: bits, errors, seconds."""
+        found = _read(self.layer_path(key), tensors=False)
+        return json.loads(found[1]["report"]) if found else {}
+
+    def save_layer(
+        self, key: str, tensors: dict[str, torch.Tensor], report: dict[str, float]
+    ) -> None:
+        write_safetensors(
+            self.layer_path(key),
+            [LazyTensor.of(name, t) for name, t in sorted(tensors.items())],
+            {"report": json.dumps(report)},
+        )
+
+    # Hidden states
+
+    def load_states(self) -> tuple[int, torch.Tensor | None]:
+        """The block the states enter, and the states (rows, cols, hidden); (0, None) at first."""
+        found = _read(self.path / "states.safetensors")
+        return (int(found[1]["block"]), found[0]["states"]) if found else (0, None)
+
+    def save_states(self, block: int, states: torch.Tensor) -> None:
+        write_safetensors(
+            self.path / "states.safetensors",
+            [LazyTensor.of("states", states)],
+            {"block": str(block)},
+        )
+
+
+def _read(
+    path: Path, tensors: bool = True
+) -> tuple[dict[str, torch.Tensor], dict[str, str]] | None:
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            content = {k: file.get_tensor(k) for k in file.keys()} if tensors else {}  # noqa: SIM118
+            return content, file.metadata() or {}
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged ({error}); delete it and resume the job") from None
+
+
+def _lock(file: IO[str]) -> bool:
+    """Takes the lock of an open file, which the system gives back when the process ends."""
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
