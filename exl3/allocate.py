@@ -20,13 +20,15 @@ def allocate(modules: Sequence[Module], bits: float) -> dict[str, int]:
     """Whole bits for every tensor, on average at most `bits` (1 to 8) and as near as they allow.
 
     Every tensor gets the whole part of `bits`; what is left raises tensors by one bit, blocks at
-    the ends of the stack first (their errors are the dearest), and within a block in its order.
+    the ends of the stack first (their errors are the dearest), and within a block the largest
+    first, so that small ones are left to fill the rest.
     """
     low = min(floor(bits), MAX_BITS)
     chosen = {m.key: low for m in modules}
     left = (bits - low) * sum(m.weights for m in modules)
     if low < MAX_BITS:
-        for module in sorted(modules, key=lambda m: _from_the_ends(m.block, modules[-1].block)):
+        last = max(m.block for m in modules)
+        for module in sorted(modules, key=lambda m: (_from_the_ends(m.block, last), -m.weights)):
             if module.weights <= left + 1e-6:
                 chosen[module.key] += 1
                 left -= module.weights
