@@ -600,7 +600,7 @@ def own_code(folder: Path, kind: str) -> Path:
 
 def test_a_models_own_code_does_not_run_unasked(tmp_path):
     folder = own_code(tmp_path, "own")
-    with pytest.raises(UserError, match=r"its own code.*--trust-remote-code"):
+    with pytest.raises(UserError, match=r"its own code.*--trust_remote_code"):
         StreamedModel(folder)
     assert not (folder / "ran").exists()
 

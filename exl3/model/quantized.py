@@ -34,10 +34,16 @@ class QuantizedCheckpoint:
                 yield f"{name}.weight"
 
     def expect(self, key: str, shape: tuple[int, ...]) -> None:
-        """The model's shape of a tensor: where the stored one is that, padded, it is cut to it."""
-        stored = self._stored_shape(key)
-        if self._layer(key) and stored == tuple(padded(n) for n in shape):
+        """Padding beyond the model's shape is cut off; UserError for any other difference."""
+        if not self._layer(key):
+            self.stored.expect(key, shape)
+        elif self._stored_shape(key) == tuple(padded(n) for n in shape):
             self._shapes[key] = shape
+        else:
+            raise UserError(
+                f"{self.file(key)}: {key} is {self._stored_shape(key)}, but by config.json it is "
+                f"{shape}; check that the files belong together"
+            )
 
     def shape(self, key: str) -> tuple[int, ...]:
         return self._shapes.get(key) or self._stored_shape(key)

@@ -10,6 +10,10 @@ import torch
 from exl3.format.hadamard import hadamard_columns, hadamard_rows
 
 
+# Of the mean: channels with a smaller scale count as much as this in the transformed Hessian.
+LEAST_SCALE = 0.25
+
+
 @dataclass
 class Regularized:
     """A weight matrix on its way to the trellis.
@@ -50,11 +54,14 @@ def regularize(
 def transform_hessian(hessian: torch.Tensor, suh: torch.Tensor) -> torch.Tensor:
     """H (in, in) as errors of W_inner feel it: B diag(suh) H diag(suh) B, in H's dtype.
 
-    Channels of scale zero have no say in the output; a small scale keeps H definite there.
+    Channels of scale zero have no say in the output, but were H nearly singular there, feedback
+    would drive their errors beyond the codebook's range: they are taken for average ones.
     """
     scale = suh.to(hessian.dtype)
     mean = _mean_of_positive(scale.abs())
-    scale = torch.where(scale.abs() < 1e-3 * mean, 1e-3 * mean, scale) / mean
+    scale = scale / mean
+    small = scale.sign() * scale.abs().clamp(min=LEAST_SCALE)
+    scale = torch.where(scale == 0, 1.0, small)
     return hadamard_columns(hadamard_rows(hessian * scale[:, None] * scale[None, :]))
 
 

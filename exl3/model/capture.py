@@ -1,0 +1,119 @@
+"""What enters a block's linears, in the order of the block's own data flow."""
+
+import threading
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from exl3.errors import JobError
+from exl3.model.streamed import StreamedModel
+
+
+@dataclass
+class Captured:
+    """Linears that were given the same input, and that input (tokens, in_features)."""
+
+    names: tuple[str, ...]
+    inputs: torch.Tensor
+
+
+class Capture:
+    """Runs block i and keeps what enters its linears, for one sweep over many rows.
+
+    linears: name → module of block i, as `model.block_linears(i)` gives them. The hooks are there
+    inside the `with` only; `run` may be called from several threads at once.
+    """
+
+    def __init__(self, model: StreamedModel, i: int, linears: dict[str, nn.Linear]):
+        self.model, self.i, self.linears = model, i, linears
+        self._local = _Local()
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> "Capture":
+        for name, linear in self.linears.items():
+            self._hooks.append(linear.register_forward_pre_hook(self._keep(name)))
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        while self._hooks:
+            self._hooks.pop().remove()
+
+    def _keep(self, name: str) -> Any:
+        def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if self._local.calls is not None:
+                self._local.calls.setdefault(name, []).append(_Seen(args[0], args[0]._version))
+
+        return keep
+
+    def run(
+        self, input_ids: torch.Tensor, state: torch.Tensor | None
+    ) -> tuple[torch.Tensor, list[Captured]]:
+        """Output of the block, as `run_block` gives it, and its linears' inputs.
+
+        Linears which received the same input are one group; groups stand in the order of their
+        first call (q, k, v; o; gate, up; down). A linear that was not called is in none.
+        """
+        self._local.calls = {}
+        try:
+            output = self.model.run_block(self.i, input_ids, state)
+            return output, _groups(self._local.calls)
+        finally:
+            self._local.calls = None
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """An input as a hook saw it; holding it keeps its memory from being used again."""
+
+    tensor: torch.Tensor
+    version: int  # counts changes in place
+
+    def identity(self) -> tuple[Any, ...]:
+        x = self.tensor
+        return x.data_ptr(), x.dtype, tuple(x.shape), x.stride(), self.version
+
+
+class _Local(threading.local):
+    calls: dict[str, list[_Seen]] | None = None
+
+
+def _groups(calls: dict[str, list[_Seen]]) -> list[Captured]:
+    """Linears with the same inputs together, in the order of `calls`."""
+    same: dict[Any, list[str]] = {}
+    for name, seen in calls.items():
+        if any(s.tensor._version != s.version for s in seen):
+            raise JobError(f"The input of {name} was overwritten while its block ran.")
+        same.setdefault(tuple(s.identity() for s in seen), []).append(name)
+    return [Captured(tuple(names), _tokens(calls[names[0]])) for names in same.values()]
+
+
+def _tokens(seen: list[_Seen]) -> torch.Tensor:
+    """(tokens, in_features): all calls of one linear, one after another."""
+    rows = [s.tensor.reshape(-1, s.tensor.shape[-1]) for s in seen]
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+
+def capture_inputs(
+    model: StreamedModel,
+    i: int,
+    linears: dict[str, nn.Linear],
+    input_ids: torch.Tensor,
+    state: torch.Tensor | None,
+) -> tuple[torch.Tensor, list[Captured]]:
+    """`Capture.run` for one call: input_ids (rows, cols), state (rows, cols, hidden) or None."""
+    with Capture(model, i, linears) as capture:
+        return capture.run(input_ids, state)
+
+
+def head_inputs(model: StreamedModel, input_ids: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+    """What enters the head, (tokens, hidden): the last block's output after the final norm."""
+    inputs = model.run_norm(input_ids, state)
+    return inputs.reshape(-1, inputs.shape[-1])

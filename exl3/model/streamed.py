@@ -1,0 +1,574 @@
+"""A transformers causal language model of which one decoder block at a time is in memory.
+
+The stock `forward` drives every run, so masks, rotary embeddings and layer kinds are the model's
+own: blocks before the wanted one give back the saved state, the wanted one runs and stops the
+model there. This is the only module that uses transformers' internals.
+"""
+
+import copy
+import threading
+from collections.abc import Iterator, MutableMapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import logging as transformers_logging
+
+from exl3.errors import UserError
+from exl3.model.checkpoint import Checkpoint, TensorSource, read_json
+
+EMBEDDING = "the embedding"
+TAIL = "the norm and head"
+Part = int | str  # a block's number, EMBEDDING or TAIL
+
+
+class StreamedModel:
+    """A causal language model whose parts are loaded, run and freed one by one.
+
+    path: the model's folder; checkpoint: where its tensors come from (default: that folder);
+    dtype: what the weights become (default: what config.json says). Runs may be called from
+    several threads at once, without gradients; loading and freeing are for one thread. Weights of
+    a loaded part may be replaced (`linear.weight.data = ...`), modules may not.
+
+    Raises UserError for a folder that is damaged, incomplete or of a kind not supported.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        checkpoint: TensorSource | None = None,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        attn_implementation: str | None = None,
+        trust_remote_code: bool = False,
+    ):
+        self.path = Path(path)
+        self.device = torch.device(device)
+        decoded = checkpoint is not None
+        self.config = _read_config(self.path, attn_implementation, trust_remote_code, decoded)
+        self.checkpoint: TensorSource = checkpoint if decoded else Checkpoint(self.path)
+        self.dtype = dtype or _stored_dtype(self.config, self.checkpoint)
+        _check_block_count(self.config, self.checkpoint)
+        self._model = _skeleton(self.config, self.dtype, trust_remote_code)
+        _make_buffers(self._model, self.device)
+        _refuse_experts(self._model, self.path)
+        self._prefix, self._blocks = _find_blocks(self._model, self.path)
+        self._head_name, self._head = _find_head(self._model, self.path)
+        self._sort_tensors()
+        self._loaded: set[Part] = set()
+        self._local = _Local()
+        self._outputs = 0  # how many values a block returns in a tuple; 0: the bare tensor
+        self._hook_up()
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self._blocks)
+
+    def block_name(self, i: int) -> str:
+        """Module path of block i, such as `model.layers.3`."""
+        return f"{self._prefix}.{i}"
+
+    # -- What is where ---------------------------------------------------------------------------
+
+    def _sort_tensors(self) -> None:
+        """Assigns the model's tensors and the checkpoint's keys to parts, and checks them."""
+        model, source = self._model, self.checkpoint
+        self._mapping = get_model_conversion_mapping(model)
+        shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+        self._keys: dict[str, str] = {}  # tensors stored 1:1: the model's name → the key
+        targets, self.dropped_keys = _targets(model, self._mapping, source)
+        for key, (name, converted) in targets.items():
+            if converted:
+                continue
+            source.expect(key, shapes[name])
+            if name in self._keys:
+                raise UserError(
+                    f"{source.file(key)}: {key} and {self._keys[name]} are the same tensor of "
+                    "the model; remove the one that does not belong to it."
+                )
+            self._keys[name] = key
+        self._sort_ties({name for name, _ in targets.values()})
+        parts = self._part_names(shapes)
+        self._names = {part: [] for part in (EMBEDDING, *range(self.num_blocks), TAIL)}
+        self._part_keys = {part: [] for part in self._names}
+        for name in shapes:
+            self._names[parts[name]].append(name)
+        for key, (name, _) in targets.items():
+            # A tied head that alone is stored is the embedding too, which is needed first.
+            part = EMBEDDING if name in self._twins else parts[name]
+            self._part_keys[part].append(key)
+        present = {name for name, _ in targets.values()} | self._twins.keys()
+        for part, names in self._names.items():
+            if not any(targets[key][1] for key in self._part_keys[part]):
+                self._need(names, present)
+
+    def _sort_ties(self, stored: set[str]) -> None:
+        """Finds the pairs of tensors that are one, of which the checkpoint has one only."""
+        self._twins: dict[str, str] = {}  # name → the other name, both ways
+        for name, other in self._model.all_tied_weights_keys.items():
+            if (name in stored) != (other in stored):
+                self._twins |= {name: other, other: name}
+        self.tied_head = f"{self._head_name}.weight" in self._twins
+
+    def _part_names(self, names: dict[str, Any]) -> dict[str, Part]:
+        """The part of each of the model's tensors."""
+        parent, _, _ = self._prefix.rpartition(".")
+        siblings = list(self._model.get_submodule(parent).named_children())
+        after = siblings[[module for _, module in siblings].index(self._blocks) + 1 :]
+        tail = [f"{parent}.{n}".strip(".") for n, m in after if "norm" in type(m).__name__.lower()]
+        tail = tuple(f"{name}." for name in (*tail, self._head_name))
+        blocks = f"{self._prefix}."
+
+        def part(name: str) -> Part:
+            if name.startswith(blocks):
+                return int(name.removeprefix(blocks).partition(".")[0])
+            return TAIL if name.startswith(tail) else EMBEDDING
+
+        return {name: part(name) for name in names}
+
+    def _need(self, names: list[str], present: set[str]) -> None:
+        for name in names:
+            if name not in present:
+                raise UserError(
+                    f"{name} is in no file of {self.path}; download the model again, and check "
+                    "that config.json belongs to it."
+                )
+
+    def block_keys(self, i: int) -> list[str]:
+        """The checkpoint's keys that block i is made of."""
+        return list(self._part_keys[i])
+
+    def embedding_keys(self) -> list[str]:
+        """The checkpoint's keys of everything that is neither in a block nor in the tail."""
+        return list(self._part_keys[EMBEDDING])
+
+    def tail_keys(self) -> list[str]:
+        """The checkpoint's keys of the final norm and of the head (if it is not tied)."""
+        return list(self._part_keys[TAIL])
+
+    def block_linears(self, i: int) -> dict[str, nn.Linear]:
+        """Block i's linears stored as they are: the checkpoint's key without `.weight` → module."""
+        linears = {}
+        for name, module in self._blocks[i].named_modules():
+            key = self._keys.get(f"{self.block_name(i)}.{name}.weight", "")
+            if isinstance(module, nn.Linear) and key.endswith(".weight"):
+                linears[key.removesuffix(".weight")] = module
+        return linears
+
+    def head(self) -> tuple[str, nn.Linear]:
+        """The head and its key without `.weight`: the checkpoint's own, `lm_head` if tied."""
+        key = self._keys.get(f"{self._head_name}.weight")
+        if self.tied_head or key is None:
+            return "lm_head", self._head
+        return key.removesuffix(".weight"), self._head
+
+    # -- Loading and freeing ---------------------------------------------------------------------
+
+    def load_embedding(self) -> None:
+        """Loads what comes before the blocks; it must stay during every run."""
+        self._load(EMBEDDING)
+
+    def free_embedding(self) -> None:
+        self._free(EMBEDDING)
+
+    def load_block(self, i: int) -> nn.Module:
+        """Loads block i and returns it."""
+        self._load(i)
+        return self._blocks[i]
+
+    def free_block(self, i: int) -> None:
+        self._free(i)
+
+    def load_tail(self) -> None:
+        """Loads the final norm and the head; a tied head is the embedding's own tensor."""
+        if self.tied_head and EMBEDDING not in self._loaded:
+            self.load_embedding()
+        self._load(TAIL)
+
+    def free_tail(self) -> None:
+        self._free(TAIL)
+
+    def _load(self, part: Part) -> None:
+        config = LoadStateDictConfig(
+            dtype=self.dtype,
+            dtype_plan=self._model._get_dtype_plan(self.dtype),
+            weight_mapping=copy.deepcopy(self._mapping),  # a converter remembers what it was given
+            device_map={"": self.device},
+        )
+        state = {key: _Lazy(self.checkpoint, key) for key in self._part_keys[part]}
+        with _no_progress_bar():
+            info, _ = convert_and_load_state_dict_in_model(self._model, state, config, None)
+        for name, shape, expected in info.mismatched_keys:
+            raise UserError(
+                f"{name} of {self.path} is {tuple(shape)}, but by config.json it is "
+                f"{tuple(expected)}; check that the files belong together."
+            )
+        for name, error in info.conversion_errors.items():
+            raise UserError(f"{name} of {self.path} cannot be converted ({error}).")
+        names = self._names[part]
+        for name in names:
+            if name in self._twins and self._tensor(name).is_meta:
+                self._set(name, self._tensor(self._twins[name]))
+        self._need(names, {name for name in names if not self._tensor(name).is_meta})
+        for name in names:
+            self._tensor(name).requires_grad_(False)
+        self._loaded.add(part)
+
+    def _free(self, part: Part) -> None:
+        self._loaded.discard(part)
+        for name in self._names[part]:
+            tensor = self._tensor(name)
+            empty = torch.empty_like(tensor, device="meta")
+            if isinstance(tensor, nn.Parameter):
+                empty = nn.Parameter(empty, requires_grad=False)
+            self._set(name, empty)
+
+    def _tensor(self, name: str) -> torch.Tensor:
+        module, _, leaf = name.rpartition(".")
+        return getattr(self._model.get_submodule(module), leaf)
+
+    def _set(self, name: str, value: torch.Tensor) -> None:
+        module, _, leaf = name.rpartition(".")
+        setattr(self._model.get_submodule(module), leaf, value)
+
+    # -- Running ---------------------------------------------------------------------------------
+
+    def run_block(
+        self, i: int, input_ids: torch.Tensor, state: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Output of block i, (rows, cols, hidden).
+
+        input_ids: (rows, cols); state: output of block i-1 for these ids, None for block 0.
+        """
+        if (state is None) != (i == 0):
+            raise ValueError("block 0 takes no state, every other block takes its predecessor's")
+        output = self._drive(input_ids, _Run(stop=i, state=self._here(state)), i)
+        if isinstance(output, tuple):
+            self._outputs = len(output)
+            return output[0]
+        return output
+
+    def run_tail(self, input_ids: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+        """Logits (rows, cols, vocab) from the last block's output (rows, cols, hidden)."""
+        run = _Run(stop=self.num_blocks, state=self._here(state))
+        return self._drive(input_ids, run, TAIL).logits
+
+    def run_norm(self, input_ids: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+        """What enters the head, (rows, cols, hidden), from the last block's output."""
+        run = _Run(stop=self.num_blocks, state=self._here(state), at_head=True)
+        return self._drive(input_ids, run, TAIL)
+
+    def _here(self, state: torch.Tensor | None) -> torch.Tensor | None:
+        return None if state is None else state.to(self.device)
+
+    def _drive(self, input_ids: torch.Tensor, run: "_Run", part: Part) -> Any:
+        """Runs the stock forward as `run` says; returns what it was stopped with, or its output."""
+        for needed in (EMBEDDING, part):
+            if needed not in self._loaded:
+                raise RuntimeError(f"part {needed} is not loaded")
+        # After a resume no block has shown yet whether it returns a tensor or a tuple.
+        for run.outputs in dict.fromkeys((self._outputs, 0, 1)):
+            self._local.run = run
+            try:
+                with torch.no_grad():
+                    output = self._model(
+                        input_ids=input_ids.to(self.device), use_cache=False, return_dict=True
+                    )
+            except _Stop as stop:
+                output = stop.value
+            except _WrongForm:
+                continue
+            finally:
+                self._local.run = None
+            self._outputs = run.outputs
+            return output
+        raise UserError(
+            f"The blocks of {self.path} hand on more than their hidden states; "
+            f"models of the type {self.config.model_type} are not supported yet."
+        )
+
+    def _hook_up(self) -> None:
+        """Makes blocks and head obey the run of their thread; without one they are as ever."""
+        for i, block in enumerate(self._blocks):
+            block.forward = self._obeying(i, block.forward)
+        self._head.register_forward_pre_hook(self._stop_at_head)
+
+    def _stop_at_head(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if self._local.run is not None and self._local.run.at_head:
+            raise _Stop(args[0])
+
+    def _obeying(self, i: int, forward: Any) -> Any:
+        @wraps(forward)
+        def obeying(*args: Any, **kwargs: Any) -> Any:
+            run = self._local.run
+            if run is None:
+                return forward(*args, **kwargs)
+            if i > 0:
+                hidden = args[0] if args else kwargs.get("hidden_states")
+                if not isinstance(hidden, torch.Tensor) or hidden.shape != run.state.shape:
+                    raise _WrongForm
+            if i < run.stop:
+                return (run.state, *[None] * (run.outputs - 1)) if run.outputs else run.state
+            self._refuse_side_channels(kwargs)
+            raise _Stop(forward(*args, **kwargs))
+
+        return obeying
+
+    def _refuse_side_channels(self, kwargs: dict[str, Any]) -> None:
+        for name, value in kwargs.items():
+            if isinstance(value, MutableMapping):
+                raise UserError(
+                    f"The blocks of {self.path} talk to each other through {name}; models of "
+                    f"the type {self.config.model_type} are not supported yet."
+                )
+
+
+@dataclass
+class _Run:
+    """What the blocks shall do during one forward of one thread."""
+
+    stop: int  # blocks before this one give back `state`, this one runs and stops the model
+    state: torch.Tensor | None
+    at_head: bool = False  # stop where the head begins
+    outputs: int = 0  # blocks give back the bare state (0) or a tuple of so many values
+
+
+class _Local(threading.local):
+    run: _Run | None = None
+
+
+class _Stop(Exception):
+    """Leaves the stock forward with a value."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+
+class _WrongForm(Exception):
+    """A block was not given the state that its predecessor gave back."""
+
+
+@dataclass(frozen=True)
+class _Lazy:
+    """A tensor of a checkpoint that is read when the loader slices it."""
+
+    source: TensorSource
+    key: str
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return self.source.tensor(self.key)[index]
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Without the bar that transformers shows for every load."""
+    if not transformers_logging.is_progress_bar_enabled():
+        yield
+        return
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.enable_progress_bar()
+
+
+# -- From config.json to a skeleton --------------------------------------------------------------
+
+
+def _read_config(
+    path: Path, attn_implementation: str | None, trust_remote_code: bool, decoded: bool
+) -> PreTrainedConfig:
+    """The folder's config, without network and without running code that is not trusted."""
+    raw = read_json(path / "config.json")
+    _check_code(path, raw, trust_remote_code)
+    try:
+        config = AutoConfig.from_pretrained(
+            str(path), trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except Exception as error:  # the values are a stranger's: anything may come
+        raise UserError(f"{path}/config.json is not valid: {_first_line(error)}") from error
+    if attn_implementation is not None:
+        config._attn_implementation = attn_implementation
+    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        implementation = getattr(part, "_attn_implementation", None)
+        if isinstance(implementation, str) and "/" in implementation:
+            raise UserError(
+                f"The attention implementation {implementation} would be downloaded; use eager "
+                "or sdpa (in config.json: remove attn_implementation)."
+            )
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        if not (decoded and _quant_method(quantization) == "exl3"):
+            raise UserError(
+                f"{path} is already quantized ({_quant_method(quantization)}); give the folder of "
+                "the original model."
+            )
+        del config.quantization_config  # the checkpoint decodes its tensors
+    return config
+
+
+def _quant_method(quantization: Any) -> str:
+    if isinstance(quantization, dict):
+        return str(quantization.get("quant_method"))
+    return str(getattr(quantization, "quant_method", None))
+
+
+def _check_code(path: Path, raw: dict[str, Any], trust_remote_code: bool) -> None:
+    """A type that transformers knows, or code of the model's own that may run."""
+    kind = raw.get("model_type")
+    auto_map = raw.get("auto_map")
+    if trust_remote_code and isinstance(auto_map, dict):
+        if "--" in str(auto_map):
+            raise UserError(
+                f"{path}/config.json takes its code from another repository; copy that code into "
+                "the folder and name it there."
+            )
+        return
+    if isinstance(kind, str) and kind in CONFIG_MAPPING:
+        return
+    if auto_map:
+        raise UserError(
+            f"{path} brings its own code, which would have to run; if you have read it and trust "
+            "it, pass --trust_remote_code."
+        )
+    raise UserError(
+        f"{path}/config.json has the model type {kind!r}, which transformers "
+        f"{transformers.__version__} does not know; a newer transformers may."
+    )
+
+
+def _stored_dtype(config: PreTrainedConfig, source: TensorSource) -> torch.dtype:
+    """The dtype of config.json, else of the checkpoint's first floating-point tensor."""
+    text = config.get_text_config(decoder=True)
+    for dtype in (config.dtype, text.dtype, *(source.dtype(key) for key in source.keys())):  # noqa: SIM118
+        if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
+            return dtype
+    return torch.float32
+
+
+def _check_block_count(config: PreTrainedConfig, source: TensorSource) -> None:
+    """Before a skeleton is built: config.json asks for no more blocks than there are tensors."""
+    count = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
+    if type(count) is not int or not 1 <= count <= len(list(source.keys())):
+        raise UserError(
+            f"config.json asks for {count} blocks (num_hidden_layers), which the checkpoint does "
+            "not have; check that the files belong together."
+        )
+
+
+def _skeleton(
+    config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool
+) -> PreTrainedModel:
+    """The model without any memory for its weights."""
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(torch.device("meta"))
+            stack.enter_context(init.meta_device_safe_creation_ops())
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, trust_remote_code=trust_remote_code
+            )
+    except Exception as error:  # the values are a stranger's: anything may come
+        raise UserError(
+            f"No causal language model of the type {config.model_type} can be made from "
+            f"config.json: {_first_line(error)}"
+        ) from error
+    return model.eval().requires_grad_(False)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def _make_buffers(model: PreTrainedModel, device: torch.device) -> None:
+    """Makes the buffers no checkpoint has (rotary frequencies, scales) as `from_pretrained` does:
+    by `_init_weights` for their modules and the modules around them, from the inside out."""
+    around = set()
+    for name in [name for name, _ in model.named_non_persistent_buffers()]:
+        parent, _, leaf = name.rpartition(".")
+        module = model.get_submodule(parent)
+        empty = torch.empty_like(getattr(module, leaf), device=device)
+        module.register_buffer(leaf, empty, persistent=False)
+        steps = parent.split(".")
+        around |= {"", *(".".join(steps[:n]) for n in range(1, len(steps) + 1))}
+    for name in sorted(around, key=len, reverse=True):
+        with torch.no_grad():  # weights are on meta still, where initialization does nothing
+            _nearest_model(model, name)._init_weights(model.get_submodule(name))
+
+
+def _nearest_model(model: PreTrainedModel, name: str) -> PreTrainedModel:
+    """The innermost PreTrainedModel at or above the module of that name."""
+    nearest = module = model
+    for step in name.split(".") if name else []:
+        module = module.get_submodule(step)
+        nearest = module if isinstance(module, PreTrainedModel) else nearest
+    return nearest
+
+
+def _refuse_experts(model: PreTrainedModel, path: Path) -> None:
+    for module in model.modules():
+        if hasattr(module, "is_concatenated") and hasattr(module, "has_gate"):
+            raise UserError(
+                f"{path} is a mixture-of-experts model, which is not supported yet; "
+                "use a dense model."
+            )
+
+
+def _find_blocks(model: PreTrainedModel, path: Path) -> tuple[str, nn.ModuleList]:
+    """Module path and list of the decoder's blocks."""
+    count = model.config.get_text_config(decoder=True).num_hidden_layers
+    decoder = set(model.get_decoder().modules())
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and module in decoder and len(module) == count:
+            return name, module
+    raise UserError(
+        f"{path} has no list of {count} decoder blocks; models of the type "
+        f"{model.config.model_type} are not supported."
+    )
+
+
+def _find_head(model: PreTrainedModel, path: Path) -> tuple[str, nn.Linear]:
+    head = model.get_output_embeddings()
+    for name, module in model.named_modules():
+        if module is head and isinstance(head, nn.Linear):
+            return name, head
+    raise UserError(
+        f"{path} has no linear head; models of the type {model.config.model_type} are not "
+        "supported."
+    )
+
+
+def _targets(
+    model: PreTrainedModel, mapping: list[Any], source: TensorSource
+) -> tuple[dict[str, tuple[str, bool]], list[str]]:
+    """Where the checkpoint's keys go: key → (the model's name, converted on the way?), and the
+    keys the model has no place for. A converted key has the first of its converter's names."""
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    state, base = model.state_dict(), model.base_model_prefix
+    targets, dropped = {}, []
+    for key in source.keys():  # noqa: SIM118
+        name, pattern = rename_source_key(key, renamings, converters, base, state)
+        if name not in state and key in state:  # as the loader does: perhaps not to be renamed
+            name, pattern = rename_source_key(key, [], [], base, state)
+        if name in state:
+            targets[key] = (name, pattern is not None)
+        else:
+            dropped.append(key)
+    return targets, dropped
