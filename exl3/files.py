@@ -11,6 +11,7 @@ from typing import IO
 # Not hidden, so that leftovers of a killed job are seen; no reader looks for this ending.
 PARTIAL = ".partial"
 
+
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     """A binary file that takes the name `path` when the context ends well."""

@@ -64,3 +64,20 @@ def save_tiny(
 def tiny_rows(rows: int, cols: int, seed: int = 1) -> torch.Tensor:
     """Random token ids (rows, cols)."""
     return torch.randint(VOCAB, (rows, cols), generator=torch.Generator().manual_seed(seed))
+
+
+def save_tokenizer(folder: Path, size: int = 290) -> None:
+    """A byte-level BPE tokenizer of `size` tokens beside a model."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet
+    )
+    bpe.train_from_iterator(["the quick brown fox and the lazy dog"], trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
+    tokenizer.save_pretrained(folder)

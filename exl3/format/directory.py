@@ -63,9 +63,7 @@ def write_weights(
         done(sum(module.nbytes for module in shard))
     if not single:
         total = sum(m.nbytes for m in modules)
-        write_json(
-            folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map}
-        )
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def write_configs(

@@ -43,9 +43,7 @@ def is_complete(settings: Settings, job_id: str) -> bool:
     """Whether the output is there already; UserError if it is that of another job."""
     found = _job_of(Path(settings.out_dir))
     if found not in (None, job_id):
-        raise UserError(
-            f"-o {settings.out_dir} holds the result of another job; give a new folder"
-        )
+        raise UserError(f"-o {settings.out_dir} holds the result of another job; give a new folder")
     return found == job_id
 
 

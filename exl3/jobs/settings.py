@@ -165,9 +165,7 @@ def _merge(stored: Settings, asked: dict) -> tuple[Settings, list[str]]:
     changed = {k: v for k, v in asked.items() if v != getattr(stored, k)}
     mixing = [k for k in DEFINING if k in changed]
     if mixing:
-        what = "; ".join(
-            f"{FLAG[k]} was {getattr(stored, k)}, now {changed[k]}" for k in mixing
-        )
+        what = "; ".join(f"{FLAG[k]} was {getattr(stored, k)}, now {changed[k]}" for k in mixing)
         raise UserError(
             f"{stored.work_dir} holds a different job ({what}). Resume that one with "
             f"-w {stored.work_dir} -r, or start this one in another work folder"

@@ -60,9 +60,7 @@ class WorkDir:
         return found[0]["rows"] if found else None
 
     def save_rows(self, rows: torch.Tensor) -> None:
-        write_safetensors(
-            self.path / "calibration.safetensors", [LazyTensor.of("rows", rows)]
-        )
+        write_safetensors(self.path / "calibration.safetensors", [LazyTensor.of("rows", rows)])
 
     # Finished layers
 

@@ -8,9 +8,7 @@ from exl3.format.trellis import LENGTH, TILE, matrix_to_tiles, tiles_to_matrix
 GROUP = 8 * TILE  # rows whose feedback from all rows behind them is one product
 
 
-def round_plain(
-    inner: torch.Tensor, bits: int, codebook: str
-) -> tuple[torch.Tensor, torch.Tensor]:
+def round_plain(inner: torch.Tensor, bits: int, codebook: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Every tile by itself. inner float32 (in, out). Returns like `ldlq`."""
     tiles = matrix_to_tiles(inner)
     values, states = ops.encode_tiles(tiles.reshape(-1, LENGTH), bits, codebook)
