@@ -14,7 +14,6 @@ from exl3.evaluate.compare import compare
 from exl3.evaluate.metrics import Scores
 from exl3.evaluate.plot import Point, draw_quants
 from exl3.evaluate.table import text_table
-from exl3.jobs.progress import Progress
 from exl3.jobs.source import load_tokenizer
 
 BITS = (4, 3, 2)
@@ -30,7 +29,7 @@ def demo(model: Path | None, out: Path) -> None:
     if model is None:
         from exl3.demo_model import make_demo_model
 
-        model = out / "model"
+        model = out / "pydoc-1m"
         print(f"1. A small language model, trained on Python's documentation: {model}", flush=True)
         make_demo_model(model)
     else:
@@ -43,8 +42,7 @@ def demo(model: Path | None, out: Path) -> None:
     print("3. What each is worth, on text that none of this has seen", flush=True)
     text = "\n\n".join(text for _, text in builtin_texts("prose", held_out=True))
     rows = evaluation_rows(load_tokenizer(model), text, LENGTH, ROWS)
-    with Progress(0, "Comparing") as progress:
-        scores = compare(model, list(quants.values()), rows, progress.doing)
+    scores = compare(model, list(quants.values()), rows, quiet=False)
     _show(out, model, quants, scores, seconds)
 
 

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.optim.lr_scheduler import LambdaLR
-from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from exl3.data.builtin import builtin_texts
 from exl3.data.rows import evaluation_rows, token_stream
 from exl3.errors import UserError
+from exl3.progress import Progress, no_transformers_bar
 
 STEPS = 750  # about 75 seconds on two cores
 BATCH, CONTEXT = 4, 256  # rows of a step, tokens of a row
@@ -98,15 +98,17 @@ def train_model(
         model = new_model(len(tokenizer)).train()
         optimizers = make_optimizers(model)
         schedules = [LambdaLR(each, lambda step: pace(step, steps)) for each in optimizers]
-        bar = tqdm(batches(tokens, steps), total=steps, desc="training", disable=not progress)
-        for rows in bar:
+        bar = Progress(steps, "Training", quiet=not progress)
+        for rows in batches(tokens, steps):
             loss = model(input_ids=rows, labels=rows).loss
             model.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for part in (*optimizers, *schedules):
                 part.step()
-            bar.set_postfix(loss=f"{loss.item():.3f}")
+            bar.doing(f"loss {loss.item():.3f}")
+            bar.advance(1)
+        bar.close()
     return model.eval()
 
 
@@ -179,7 +181,8 @@ def save(out: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast)
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
         part = Path(folder) / "model"
-        model.half().save_pretrained(part)
+        with no_transformers_bar():
+            model.half().save_pretrained(part)
         tokenizer.save_pretrained(part)
         if out.is_dir():
             out.rmdir()  # empty; Windows renames onto nothing

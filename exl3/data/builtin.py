@@ -34,8 +34,9 @@ HELD_OUT = 10  # one file, or topic, in so many
 def builtin_texts(kind: str | None = None, held_out: bool = False) -> Iterator[tuple[str, str]]:
     """Pairs of a kind, "prose" or "code", and a document: all prose first, then all code.
 
-    Either what is held out, or all the rest. With a kind only that one, or the other where this Python lacks it. Read and parsed as far as
-    they are taken. Raises UserError if there is no text at all.
+    Either what is held out, or all the rest. With a kind only that one, or the other where this
+    Python lacks it. Read and parsed as far as they are taken. Raises UserError if there is no text
+    at all.
     """
     kinds = {"prose": prose_texts, "code": code_texts}
     if kind is not None:

@@ -1,6 +1,6 @@
 """Runs models over evaluation rows, block by block, and scores them against the first of them."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -9,41 +9,37 @@ from exl3 import parallel
 from exl3.evaluate.metrics import Scores
 from exl3.model.quantized import open_model
 from exl3.model.streamed import StreamedModel
+from exl3.progress import Progress
 
 
 def compare(
-    reference: str | Path,
-    quants: list[str | Path],
-    rows: torch.Tensor,
-    doing: Callable[[str], None] = lambda step: None,
+    reference: str | Path, quants: Sequence[str | Path], rows: torch.Tensor, quiet: bool = True
 ) -> list[Scores]:
     """Scores of the reference (against itself) and of every quant, on rows of ids (rows, cols).
 
-    Models run in float32, one block in memory at a time. `doing` hears what is under way.
+    Models run in float32, one block in memory at a time. quiet: shows no progress.
     """
-    with parallel.one_thread_per_op():
-        models, states = [], []
-        for folder in (reference, *quants):
-            doing(f"running {Path(folder).name}")
-            model = open_model(folder)
-            models.append(model)
-            states.append(last_states(model, rows))
-        for model in models:
+    folders = (reference, *quants)
+    models = [open_model(folder) for folder in folders]
+    work = sum(model.num_blocks for model in models) + len(rows)
+    with parallel.one_thread_per_op(), Progress(work, "Comparing", quiet) as progress:
+        states = []
+        for folder, model in zip(folders, models, strict=True):
+            progress.doing(Path(folder).name)
+            states.append(last_states(model, rows, progress))
             model.load_tail()
         scores = [Scores() for _ in models]
+        progress.doing("scoring")
         for row in range(len(rows)):
-            doing(f"scoring row {row + 1} of {len(rows)}")
             part = slice(row, row + 1)
-            logits = parallel.each(
-                lambda ms, part=part: ms[0].run_tail(rows[part], ms[1][part]),
-                zip(models, states, strict=True),
-            )
+            logits = [m.run_tail(rows[part], s[part]) for m, s in zip(models, states, strict=True)]
             for score, own in zip(scores, logits, strict=True):
                 score.add(logits[0], own, rows[part])
+            progress.advance(1)
         return scores
 
 
-def last_states(model: StreamedModel, rows: torch.Tensor) -> torch.Tensor:
+def last_states(model: StreamedModel, rows: torch.Tensor, progress: Progress) -> torch.Tensor:
     """What leaves the last block, (rows, cols, hidden), with one block in memory at a time."""
     model.load_embedding()
     states: list[torch.Tensor] | list[None] = [None] * len(rows)
@@ -54,4 +50,5 @@ def last_states(model: StreamedModel, rows: torch.Tensor) -> torch.Tensor:
             range(len(rows)),
         )
         model.free_block(i)
+        progress.advance(1)
     return torch.cat(states)

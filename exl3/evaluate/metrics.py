@@ -52,5 +52,5 @@ def kl_divergence(expected: torch.Tensor, got: torch.Tensor) -> torch.Tensor:
 
 
 def next_token_nll(log_probs: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Negative log-likelihood (rows, cols - 1) of ids[:, 1:] under log_probs (rows, cols, vocab)."""
+    """-log p(ids[:, 1:]), (rows, cols - 1), under log_probs (rows, cols, vocab)."""
     return -log_probs[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from exl3 import parallel
-from exl3.jobs.progress import Progress
 from exl3.jobs.workdir import WorkDir
 from exl3.model.capture import Capture, Captured, head_inputs
 from exl3.model.streamed import StreamedModel
+from exl3.progress import Progress
 from exl3.quant.hessian import Hessian
 from exl3.quant.linear import quantize_linear
 

@@ -19,10 +19,10 @@ from exl3.jobs.blocks import (
     run_block,
     sample,
 )
-from exl3.jobs.progress import Progress
 from exl3.jobs.settings import Settings, save_settings
 from exl3.jobs.source import Source, open_source
 from exl3.jobs.workdir import WorkDir
+from exl3.progress import Progress
 
 
 @dataclass

@@ -30,6 +30,7 @@ class Settings:
     devices: str = "0"
     checkpoint_interval: int = 60  # seconds
     verbose: bool = False
+    trust_remote_code: bool = False
 
 
 # Changing one of these while resuming would mix two jobs' results in one model. (So would another
@@ -71,7 +72,8 @@ def convert_parser() -> argparse.ArgumentParser:
 
     def add(*names: str, help: str, **kwargs: object) -> None:
         dest = names[-1].lstrip("-")
-        shown = f" (default: {default[dest]})" if isinstance(default[dest], int | str) else ""
+        known = isinstance(default[dest], int | str) and "action" not in kwargs
+        shown = f" (default: {default[dest]})" if known else ""
         p.add_argument(*names, help=help + shown, **kwargs)
 
     add("-i", "--in_dir", metavar="DIR", help="the original model")
@@ -82,17 +84,18 @@ def convert_parser() -> argparse.ArgumentParser:
     p.add_argument(
         "-r", "--resume", action="store_true", help="go on with the job of -w; needs no other flag"
     )
-    add("-cpi", "--checkpoint_interval", type=int, metavar="SEC",
-        help="seconds between saves of the calibration state")  # fmt: skip
-    add("-c", "--cal_file", metavar="FILE",
-        help="calibration text: .txt, .jsonl or .parquet (default: text every machine has)")  # fmt: skip
+    add("-cpi", "--checkpoint_interval", type=int, metavar="SEC", help="seconds between saves")
+    text = "calibration text: .txt, .jsonl or .parquet (default: text every machine has)"
+    add("-c", "--cal_file", metavar="FILE", help=text)
     add("-cr", "--cal_rows", type=int, metavar="N", help="calibration rows")
     add("-cc", "--cal_cols", type=int, metavar="N", help="tokens in a calibration row")
     add("-cb", "--codebook", choices=CODEBOOKS, help="codebook of the trellis")
     add("-ss", "--shard_size", type=int, metavar="MB", help="largest output file")
     add("-d", "--devices", metavar="N[,N]", help="GPUs to use, or cpu")
-    add("-v", "--verbose", action="store_true", default=None, help="more about every layer")
     add("--seed", type=int, metavar="N", help="of the random signs and random calibration rows")
+    switch = {"action": "store_true", "default": None}
+    add("-v", "--verbose", help="more about the job", **switch)
+    add("--trust_remote_code", help="run code that the model brings along", **switch)
     return p
 
 
@@ -117,8 +120,8 @@ def read_settings(args: argparse.Namespace) -> tuple[Settings, bool, list[str]]:
                 f"there is no job in {given['work_dir']} to resume; "
                 f"start one with -i MODEL -o OUTPUT -w {given['work_dir']} -b BITS"
             )
-        missing = [f for n, f in (("in_dir", "-i"), ("out_dir", "-o"), ("bits", "-b")) if n not in given]  # fmt: skip
-        if missing:
+        needed = ("in_dir", "out_dir", "bits")
+        if missing := [FLAG[name] for name in needed if name not in given]:
             raise UserError(f"missing: {', '.join(missing)}; try --help")
         settings, notes = Settings(**given), []
     else:
@@ -170,7 +173,9 @@ def _merge(stored: Settings, asked: dict) -> tuple[Settings, list[str]]:
             f"{stored.work_dir} holds a different job ({what}). Resume that one with "
             f"-w {stored.work_dir} -r, or start this one in another work folder"
         )
-    notes = [f"{FLAG[k]} is now {v} (was {getattr(stored, k)})" for k, v in changed.items() if k in FLAG]  # fmt: skip
+    notes = [
+        f"{FLAG[k]} is now {v} (was {getattr(stored, k)})" for k, v in changed.items() if k in FLAG
+    ]
     return dataclasses.replace(stored, **changed), notes
 
 

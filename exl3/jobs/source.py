@@ -40,11 +40,12 @@ def open_source(settings: Settings, work: WorkDir, device: torch.device) -> Sour
     folder = Path(settings.in_dir)
     # On a CPU half precision is slower than float32, and float32 loses nothing.
     dtype = torch.float32 if device.type == "cpu" else None
-    model = StreamedModel(folder, device=device, dtype=dtype)
+    trust = settings.trust_remote_code
+    model = StreamedModel(folder, device=device, dtype=dtype, trust_remote_code=trust)
     rows = work.load_rows()
     if rows is None:
         rows = calibration_rows(
-            load_tokenizer(folder),
+            load_tokenizer(folder, trust),
             settings.cal_rows,
             settings.cal_cols,
             settings.cal_file,
@@ -62,11 +63,11 @@ def open_source(settings: Settings, work: WorkDir, device: torch.device) -> Sour
     return Source(model, rows, identity, hashlib.sha256(text.encode()).hexdigest()[:16])
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder, without network and without code of its own."""
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder; no network, and its own code only where it is trusted."""
     try:
         return AutoTokenizer.from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=False
+            str(folder), local_files_only=True, trust_remote_code=trust_remote_code
         )
     except Exception as error:  # the files are a stranger's: anything may come
         reason = next(iter(str(error).splitlines()), type(error).__name__)

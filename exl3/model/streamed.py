@@ -7,8 +7,8 @@ model there. This is the only module that uses transformers' internals.
 
 import copy
 import threading
-from collections.abc import Iterator, MutableMapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import MutableMapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
@@ -28,10 +28,10 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.utils import logging as transformers_logging
 
 from exl3.errors import UserError
 from exl3.model.checkpoint import Checkpoint, TensorSource, read_json
+from exl3.progress import no_transformers_bar
 
 EMBEDDING = "the embedding"
 TAIL = "the norm and head"
@@ -213,7 +213,7 @@ class StreamedModel:
             device_map={"": self.device},
         )
         state = {key: _Lazy(self.checkpoint, key) for key in self._part_keys[part]}
-        with _no_progress_bar():
+        with no_transformers_bar():
             info, _ = convert_and_load_state_dict_in_model(self._model, state, config, None)
         for name, shape, expected in info.mismatched_keys:
             raise UserError(
@@ -374,19 +374,6 @@ class _Lazy:
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         return self.source.tensor(self.key)[index]
-
-
-@contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """Without the bar that transformers shows for every load."""
-    if not transformers_logging.is_progress_bar_enabled():
-        yield
-        return
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.enable_progress_bar()
 
 
 # -- From config.json to a skeleton --------------------------------------------------------------

@@ -9,7 +9,6 @@ import torch
 
 from exl3.format.hadamard import hadamard_columns, hadamard_rows
 
-
 # Of the mean: channels with a smaller scale count as much as this in the transformed Hessian.
 LEAST_SCALE = 0.25
 

@@ -2,6 +2,8 @@
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from tqdm import tqdm
 
@@ -9,11 +11,14 @@ LINE_EVERY = 30.0  # seconds between lines where there is no terminal
 
 
 class Progress:
-    """Counts work of known total and tells what is done, what is being done, how long is left."""
+    """Counts work of known total and tells what is done, what is being done, how long is left.
 
-    def __init__(self, total: float, title: str) -> None:
-        self.title, self.step = title, ""
-        self.terminal = sys.stderr.isatty()
+    quiet: shows nothing.
+    """
+
+    def __init__(self, total: float, title: str, quiet: bool = False) -> None:
+        self.title, self.step, self.quiet = title, "", quiet
+        self.terminal = sys.stderr.isatty() and not quiet
         self.bar = tqdm(
             total=total,
             desc=title,
@@ -61,7 +66,7 @@ class Progress:
     def _line(self) -> None:
         now = time.monotonic()
         fresh = self.done - self.skipped
-        if self.terminal or now - self.told < LINE_EVERY or fresh <= 0:
+        if self.terminal or self.quiet or now - self.told < LINE_EVERY or fresh <= 0:
             return
         self.told = now
         left = (now - self.began) * (self.total - self.done) / fresh
@@ -70,3 +75,18 @@ class Progress:
             f"{tqdm.format_interval(left)} left",
             flush=True,
         )
+
+
+@contextmanager
+def no_transformers_bar() -> Iterator[None]:
+    """Without the bar that transformers shows for every load and save."""
+    from transformers.utils import logging as transformers_logging  # here: it takes a second
+
+    if not transformers_logging.is_progress_bar_enabled():
+        yield
+        return
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.enable_progress_bar()
