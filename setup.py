@@ -1,15 +1,28 @@
-"""Builds the C++ extension: `pip install --no-build-isolation -e .` with torch installed first."""
+"""Builds the C++ extension: `pip install --no-build-isolation .` with torch installed first."""
 
-import os
+import sys
 from pathlib import Path
 
 from setuptools import find_packages, setup
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
-HERE = Path(__file__).parent
-WINDOWS = os.name == "nt"
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
 
-sources = sorted(str(p.relative_to(HERE)) for p in (HERE / "csrc").rglob("*.cpp"))
+from exl3 import build  # noqa: E402
+
+CSRC = HERE / "csrc"
+BUILT_FROM = build.fingerprint(CSRC)  # before compiling: sources may change meanwhile
+
+
+class BuildKernels(BuildExtension):
+    """Writes beside the extension what it was built from, for `exl3.build.installed`."""
+
+    def run(self) -> None:
+        super().run()
+        library = Path(self.get_ext_fullpath("exl3._C"))
+        (library.parent / build.FINGERPRINT).write_text(BUILT_FROM)
+
 
 setup(
     name="exl3",
@@ -17,17 +30,20 @@ setup(
     description="EXL3 quants from Hugging Face models: convert, measure, optimize, compare",
     license="MIT",
     python_requires=">=3.10",
-    packages=find_packages(include=["exl3", "exl3.*"]),
-    package_data={"exl3": ["VERSION"]},
+    # With its sources, so that the extension can be built anew for another torch.
+    packages=[*find_packages(include=["exl3", "exl3.*"]), "exl3.csrc"],
+    package_dir={"exl3.csrc": "csrc"},
+    package_data={"exl3": ["VERSION"], "exl3.csrc": ["**/*"]},
     install_requires=(HERE / "requirements.txt").read_text().split(),
+    entry_points={"console_scripts": ["exl3 = exl3.commands:main"]},
     ext_modules=[
         CppExtension(
             "exl3._C",
-            sources,
-            include_dirs=[str(HERE / "csrc")],
-            extra_compile_args=["/O2", "/std:c++17"] if WINDOWS else ["-O3", "-std=c++17", "-Wall"],
+            [str(path.relative_to(HERE)) for path in build.sources(CSRC)],
+            include_dirs=[str(CSRC)],
+            extra_compile_args=build.FLAGS,
         )
     ],
     # The library registers torch ops and has no Python interface of its own.
-    cmdclass={"build_ext": BuildExtension.with_options(no_python_abi_suffix=True, use_ninja=True)},
+    cmdclass={"build_ext": BuildKernels.with_options(no_python_abi_suffix=True, use_ninja=True)},
 )

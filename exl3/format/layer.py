@@ -11,6 +11,8 @@ from exl3.format.trellis import STATE_BITS, TILE
 # Everything a layer may be stored as, under its key: the bias is the only optional weight.
 LAYER_TENSORS = ("trellis", "suh", "svh", "su", "sv", "mcg", "mul1", "bias")
 
+PANEL = 2048  # columns that are decoded at a time
+
 
 def padded(size: int) -> int:
     """`size` rounded up to the next multiple of 128, the width of the Hadamard transform."""
@@ -44,10 +46,14 @@ def decode_layer(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
     tensors: the layer's tensors by their names without the key prefix.
     Returns W, float32 (in, out), padded shape. UserError if the tensors contradict each other.
     """
-    inner, suh, svh = _checked(tensors)
-    inner = ops.decode_trellis(inner, layer_codebook(tensors)).float()
-    weight = hadamard_rows(hadamard_columns(inner))
-    return weight.mul_(suh[:, None]).mul_(svh[None, :])
+    trellis, suh, svh = _checked(tensors)
+    codebook = layer_codebook(tensors)
+    weight = torch.empty(len(suh), len(svh))
+    for a in range(0, len(svh), PANEL):  # columns, whole Hadamard blocks: bounds the memory
+        part = slice(a, a + PANEL)
+        inner = ops.decode_trellis(trellis[:, a // TILE : (a + PANEL) // TILE], codebook).float()
+        weight[:, part] = hadamard_rows(hadamard_columns(inner)) * suh[:, None] * svh[part]
+    return weight
 
 
 def _checked(

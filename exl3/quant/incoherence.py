@@ -12,21 +12,27 @@ from exl3.format.hadamard import hadamard_columns, hadamard_rows
 # Of the mean: channels with a smaller scale count as much as this in the transformed Hessian.
 LEAST_SCALE = 0.25
 
+PANEL = 2048  # rows or columns that are worked on at a time: a head takes gigabytes
+
 
 @dataclass
 class Regularized:
-    """A weight matrix on its way to the trellis.
-
-    inner: float32 (in, out), W_inner for input scales of 1 / `input_scales`.
-    """
+    """A weight matrix on its way to the trellis."""
 
     half_way: torch.Tensor  # float32 (in, out): W diag(1/svh) B(out)
     input_scales: torch.Tensor  # float32 (in,): signed; W_inner has unit variance under them
     svh: torch.Tensor  # float16 (out,)
 
+    def sample(self, columns: torch.Tensor) -> torch.Tensor:
+        """Columns of W_inner under `input_scales`, float32 (in, len(columns))."""
+        return hadamard_columns(self.half_way[:, columns] * _inverse(self.input_scales)[:, None])
+
     def inner(self, suh: torch.Tensor) -> torch.Tensor:
-        """W_inner, float32 (in, out), under the input scales suh (in,)."""
-        return hadamard_columns(self.half_way * _inverse(suh.float())[:, None])
+        """W_inner, float32 (in, out), under the input scales suh (in,); takes half_way's place."""
+        inverse = _inverse(suh.float())[:, None]
+        for panel in self.half_way.split(PANEL, 1):
+            panel.copy_(hadamard_columns(panel * inverse))
+        return self.half_way
 
 
 def regularize(
@@ -40,13 +46,13 @@ def regularize(
     sign_in, sign_out = _signs(rows, generator), _signs(columns, generator)
     out = _rms(weight, 0)
     if not out_scales:
-        out = (out > 0).float() * _rms(weight.flatten(), 0)
+        out = (out > 0).float() * out.square().mean().sqrt()
     out = out / _mean_of_positive(out)
-    half_way = hadamard_rows(weight * _inverse(sign_out * out)[None, :])
-    share = _share(_mean_of_positive(_rms(half_way, 1)))
-    svh = (sign_out * out * share).half()
-    # Once more, from the scales as they will be stored.
-    half_way = hadamard_rows(weight * _inverse(svh.float())[None, :])
+    svh = (sign_out * out * _share(_rms(weight.flatten(), 0))).half()
+    inverse = _inverse(svh.float())[None, :]
+    half_way = torch.empty_like(weight)
+    for rows_in, rows_out in zip(weight.split(PANEL), half_way.split(PANEL), strict=True):
+        rows_out.copy_(hadamard_rows(rows_in * inverse))
     return Regularized(half_way, sign_in * _rms(half_way, 1), svh)
 
 
@@ -69,8 +75,9 @@ def _signs(n: int, generator: torch.Generator) -> torch.Tensor:
 
 
 def _rms(x: torch.Tensor, dim: int) -> torch.Tensor:
-    # In float64: the squares of tiny weights leave the range of float32.
-    return x.double().square().mean(dim).sqrt().float()
+    # In units of the largest: the squares of tiny weights leave the range of float32.
+    unit = x.abs().max().clamp(min=1e-30)
+    return torch.linalg.vector_norm(x / unit, dim=dim) * (unit / x.shape[dim] ** 0.5)
 
 
 def _mean_of_positive(x: torch.Tensor) -> torch.Tensor:
@@ -84,6 +91,6 @@ def _inverse(x: torch.Tensor) -> torch.Tensor:
 
 def _share(scale: torch.Tensor) -> float:
     """What svh takes over of the overall scale where suh alone would leave float16's range."""
-    if 2.0**-10 <= scale <= 2.0**10:
+    if scale == 0 or 2.0**-10 <= scale <= 2.0**10:
         return 1.0
     return 2.0 ** round(float(scale.log2()) / 2)

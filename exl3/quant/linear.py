@@ -1,5 +1,6 @@
 """One linear layer, from its weights and the Hessian of its inputs to the tensors of the format."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -10,10 +11,13 @@ from exl3.errors import UserError
 from exl3.format.codebook import CODEBOOKS
 from exl3.format.layer import decode_layer, padded
 from exl3.format.trellis import pack
-from exl3.quant import hessian as hessians
-from exl3.quant.incoherence import Regularized, regularize, transform_hessian
+from exl3.quant.hessian import DAMPING, block_ldl, damped, useless
+from exl3.quant.incoherence import PANEL, Regularized, regularize, transform_hessian
 from exl3.quant.ldlq import ldlq, round_plain
-from exl3.quant.scale import search_scale
+from exl3.quant.scale import sample_columns, search_scale
+
+# Which ways of scaling the outputs are tried.
+OUT_SCALES = {"always": (True,), "never": (False,), "auto": (True, False)}
 
 
 @dataclass
@@ -36,58 +40,74 @@ def quantize_linear(
     codebook: str = "mul1",
     seed: int = 0,
     *,
-    out_scales: bool = True,
+    out_scales: str = "always",
     name: str = "the weight",
 ) -> QuantizedLinear:
     """Quantizes a linear layer y = x W.
 
     weight: W (in, out), any float dtype; dimensions that are no multiples of 128 are padded with
     zeros. hessian: mean of x^T x over calibration tokens (in, in), or None for rounding without
-    feedback. bits: K, 1 to 8. seed: of the random signs. out_scales: one scale for every output
-    channel rather than for all. name: of the tensor, for messages.
+    feedback. bits: K, 1 to 8. seed: of the random signs. out_scales: "always" one scale for every
+    output channel, "never" (one for all), or "auto", what promises less error. name: of the
+    tensor, for messages.
     UserError for non-finite weights; ValueError for arguments that do not fit together.
     """
-    _check(weight, hessian, bits, codebook, name)
+    _check(weight, hessian, bits, codebook, out_scales, name)
     with parallel.one_thread_per_op():
         weight = weight.detach().float().cpu()
-        rows, columns = weight.shape
-        full = F.pad(weight, (0, padded(columns) - columns, 0, padded(rows) - rows))
-        generator = torch.Generator().manual_seed(seed)
-        regular = regularize(full, generator, out_scales)
-        suh = _input_scales(regular, bits, codebook)
-        inner = regular.inner(suh)
+        regular, suh = _scaled(_padded(weight), bits, codebook, seed, out_scales)
         factor, notes = _feedback(hessian, suh)
+        inner = regular.inner(suh)
         if factor is None:
-            _, states = round_plain(inner, bits, codebook)
+            states = round_plain(inner, bits, codebook)
         else:
-            _, states = ldlq(inner, factor, bits, codebook)
+            states = ldlq(inner, factor, bits, codebook)
         tensors = {"trellis": pack(states, bits), "suh": suh, "svh": regular.svh}
+        fed_back = factor is not None
+        del regular, inner, factor, states  # a head's take gigabytes
         if (marker := CODEBOOKS[codebook].marker) is not None:
             tensors[codebook] = marker
-        decoded = decode_layer(tensors)[:rows, :columns].contiguous()
+        decoded = decode_layer(tensors)[: weight.shape[0], : weight.shape[1]].contiguous()
         return QuantizedLinear(
             tensors,
             decoded,
             bits,
             codebook,
-            weight_error=_ratio((weight - decoded).square().sum(), weight.square().sum()),
-            proxy_error=None if factor is None else proxy_error(weight, decoded, hessian),
+            weight_error=weight_error(weight, decoded),
+            proxy_error=proxy_error(weight, decoded, hessian) if fed_back else None,
             notes=notes,
         )
+
+
+def weight_error(weight: torch.Tensor, decoded: torch.Tensor) -> float:
+    """|W - decoded|^2 / |W|^2, squared Frobenius norms."""
+    return _ratio(weight, decoded, lambda x: (x * x).double().sum())
 
 
 def proxy_error(weight: torch.Tensor, decoded: torch.Tensor, hessian: torch.Tensor) -> float:
     """tr(E^T H E) / tr(W^T H W) with E = W - decoded, both (in, out); H (in, in)."""
     hessian = hessian.float()
+    return _ratio(weight, decoded, lambda x: (x * parallel.matmul(hessian, x)).double().sum())
 
-    def energy(x: torch.Tensor) -> torch.Tensor:
-        return (x * parallel.matmul(hessian, x)).double().sum()
 
-    return _ratio(energy(weight - decoded), energy(weight))
+def _ratio(
+    weight: torch.Tensor, decoded: torch.Tensor, energy: Callable[[torch.Tensor], torch.Tensor]
+) -> float:
+    """energy(W - decoded) / energy(W), summed over panels of columns; 0 for a layer of zeros."""
+    error, total = 0.0, 0.0
+    for w, d in zip(weight.split(PANEL, 1), decoded.split(PANEL, 1), strict=True):
+        error += float(energy(w - d))
+        total += float(energy(w))
+    return error / total if total > 0 else 0.0
 
 
 def _check(
-    weight: torch.Tensor, hessian: torch.Tensor | None, bits: int, codebook: str, name: str
+    weight: torch.Tensor,
+    hessian: torch.Tensor | None,
+    bits: int,
+    codebook: str,
+    out_scales: str,
+    name: str,
 ) -> None:
     if weight.dim() != 2 or not weight.is_floating_point() or 0 in weight.shape:
         raise ValueError(f"{name} must be a float matrix, not {weight.dtype} {weight.shape}")
@@ -95,6 +115,8 @@ def _check(
         raise ValueError(f"{name} has {weight.shape[0]} inputs, its Hessian is {hessian.shape}")
     if bits not in range(1, 9):
         raise ValueError(f"bits must be 1 to 8, not {bits}")
+    if out_scales not in OUT_SCALES:
+        raise ValueError(f"out_scales must be one of {', '.join(OUT_SCALES)}, not {out_scales!r}")
     if codebook not in CODEBOOKS:
         raise ValueError(f"unknown codebook {codebook!r}; there are {', '.join(CODEBOOKS)}")
     bad = weight.numel() - int(torch.isfinite(weight).sum())
@@ -105,33 +127,50 @@ def _check(
         )
 
 
-def _input_scales(regular: Regularized, bits: int, codebook: str) -> torch.Tensor:
-    """suh, float16 (in,): the scales of the input channels over the scale of the whole layer."""
-    scales = regular.input_scales
-    if not scales.any():
-        return scales.half()
-    return (scales / search_scale(regular.inner(scales), bits, codebook)).half()
+def _padded(weight: torch.Tensor) -> torch.Tensor:
+    """The weight itself where its dimensions are multiples of 128, else with zeros around."""
+    rows, columns = weight.shape
+    size = (padded(rows), padded(columns))
+    return (
+        weight if size == weight.shape else F.pad(weight, (0, size[1] - columns, 0, size[0] - rows))
+    )
+
+
+def _scaled(
+    weight: torch.Tensor, bits: int, codebook: str, seed: int, out_scales: str
+) -> tuple[Regularized, torch.Tensor]:
+    """Regularized weights, and suh, float16 (in,): input scales over the scale of the layer."""
+    best: tuple[float, Regularized, torch.Tensor] | None = None
+    for with_outputs in OUT_SCALES[out_scales]:
+        generator = torch.Generator().manual_seed(seed)
+        regular = regularize(weight, generator, with_outputs)
+        scales = regular.input_scales
+        scale, error = 1.0, 0.0
+        if scales.any():
+            sample = regular.sample(sample_columns(weight.shape[1]))
+            scale, error = search_scale(sample, bits, codebook)
+        # An error of the inner matrix reaches the output through both scales.
+        error *= float(scales.square().mean() * regular.svh.float().square().mean())
+        if best is None or error < best[0]:
+            best = (error, regular, (scales / scale).half())
+    return best[1:]
 
 
 def _feedback(
     hessian: torch.Tensor | None, suh: torch.Tensor
 ) -> tuple[torch.Tensor | None, list[str]]:
     """L of the transformed Hessian, float32 (in, in), or None for plain rounding; and notes."""
-    if reason := hessians.useless(hessian):
+    if reason := useless(hessian):
         return None, [f"{reason}: rounded without error feedback"]
     size = suh.shape[0]
     hessian = hessian.double().cpu()
-    for damping, h in hessians.damped(hessian):
+    for damping, h in damped(hessian):
         h = F.pad(h, (0, size - h.shape[0], 0, size - h.shape[0]))
         pad = torch.arange(hessian.shape[0], size)
         h[pad, pad] = h.diagonal()[: hessian.shape[0]].mean()
-        factor = hessians.block_ldl(transform_hessian(h, suh))
+        factor = block_ldl(transform_hessian(h, suh))
         if factor is not None:
-            extra = damping > hessians.DAMPING
+            extra = damping > DAMPING
             notes = [f"the Hessian needed a damping of {damping:g}"] if extra else []
             return factor.float(), notes
     return None, ["the Hessian is not positive definite: rounded without error feedback"]
-
-
-def _ratio(error: torch.Tensor, total: torch.Tensor) -> float:
-    return float(error / total) if total > 0 else 0.0

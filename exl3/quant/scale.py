@@ -3,7 +3,7 @@
 import torch
 
 from exl3 import ops
-from exl3.format.trellis import matrix_to_tiles
+from exl3.format.trellis import TILE, matrix_to_tiles
 
 # Best scale of unit Gaussian weights, in units of the codebook, for K = 1..8
 # (measured: bench/scale_table.py).
@@ -13,33 +13,37 @@ GAUSSIAN_SCALE = {
     "mul1": (1.13, 1.03, 0.91, 0.94, 0.93, 0.91, 0.88, 0.82),
 }
 STEP = 1.06  # ratio between the three scales that are tried
-SAMPLE = (16, 256)  # tiles: at least, at most
-SAMPLE_SHARE = 32  # one tile in so many, between these bounds
+MOST_TILES = 64  # a sample's
 
 
-def search_scale(inner: torch.Tensor, bits: int, codebook: str) -> float:
-    """The scale g that makes the error of trellis(g W_inner) / g smallest on a sample of tiles.
+def sample_columns(columns: int) -> torch.Tensor:
+    """Indices of at most 128 columns, in runs of 16 (a tile's width) spread over all of them."""
+    runs = torch.linspace(0, columns // TILE - 1, min(columns // TILE, 8)).long()
+    return (runs[:, None] * TILE + torch.arange(TILE)).flatten()
 
-    inner: float32 (in, out), about unit variance. A parabola through the errors of three scales
-    around the best one for Gaussian weights; its minimum, at most one step beyond them.
+
+def search_scale(sample: torch.Tensor, bits: int, codebook: str) -> tuple[float, float]:
+    """The scale g that makes the error of trellis(g W_inner) / g smallest, and that error.
+
+    sample: columns of W_inner, float32 (in, n), about unit variance. A parabola through the errors
+    of three scales around the best one for Gaussian weights; its minimum, at most one step beyond.
     """
-    sample = _sample_tiles(inner)
+    tiles = _some_tiles(sample)
     center = GAUSSIAN_SCALE[codebook][bits - 1]
-    low, middle, high = (_error(sample, center * STEP**i, bits, codebook) for i in (-1, 0, 1))
+    low, middle, high = (_error(tiles, center * STEP**i, bits, codebook) for i in (-1, 0, 1))
     curvature = low + high - 2 * middle
     if curvature <= 0:
-        return center * STEP ** (-1 if low < high else 1)
-    shift = (low - high) / (2 * curvature)
-    return center * STEP ** min(max(shift, -2.0), 2.0)
+        return center * STEP ** (-1 if low < high else 1), min(low, high)
+    shift = min(max((low - high) / (2 * curvature), -2.0), 2.0)
+    return center * STEP**shift, min(low, middle, high)
 
 
-def _error(sample: torch.Tensor, scale: float, bits: int, codebook: str) -> float:
-    values, _ = ops.encode_tiles(sample * scale, bits, codebook)
-    return (values / scale - sample).double().square().mean().item()
+def _error(tiles: torch.Tensor, scale: float, bits: int, codebook: str) -> float:
+    values, _ = ops.encode_tiles(tiles * scale, bits, codebook)
+    return (values / scale - tiles).double().square().mean().item()
 
 
-def _sample_tiles(inner: torch.Tensor) -> torch.Tensor:
-    tiles = matrix_to_tiles(inner).flatten(0, 1)
-    low, high = SAMPLE
-    wanted = min(max(tiles.shape[0] // SAMPLE_SHARE, low), high, tiles.shape[0])
+def _some_tiles(sample: torch.Tensor) -> torch.Tensor:
+    tiles = matrix_to_tiles(sample).flatten(0, 1)
+    wanted = min(MOST_TILES, tiles.shape[0])
     return tiles[torch.linspace(0, tiles.shape[0] - 1, wanted).long()].contiguous()
