@@ -1,6 +1,7 @@
 """The main job on a small real model, from nothing to a table and a chart."""
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from exl3.jobs.source import load_tokenizer
 
 BITS = (4, 3, 2)
 ROWS, LENGTH = 32, 512  # of the evaluation
-CONVERT = Path(__file__).resolve().parents[1] / "convert.py"
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def demo(model: Path | None, out: Path) -> None:
@@ -47,12 +48,14 @@ def demo(model: Path | None, out: Path) -> None:
 
 
 def _convert(model: Path, quant: Path, work: Path, bits: int) -> float:
-    """Runs convert.py as a user would. Returns its seconds."""
+    """Runs `exl3 convert` as a user would. Returns its seconds."""
     flags = ["-i", model, "-o", quant, "-w", work, "-b", bits, "-cr", 64, "-cc", 512, "-d", "cpu"]
-    command = [sys.executable, str(CONVERT), *map(str, flags)]
-    print("$ python convert.py " + shlex.join(map(str, flags)), flush=True)
+    command = ["-m", "exl3", "convert", *map(str, flags)]
+    print("$ python " + shlex.join(command), flush=True)
+    # A clone that is not installed is found from any folder.
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     began = time.monotonic()
-    if subprocess.run(command).returncode:
+    if subprocess.run([sys.executable, *command], env=os.environ | {"PYTHONPATH": path}).returncode:
         raise JobError(f"the conversion at {bits} bits failed; its message stands above")
     return time.monotonic() - began
 

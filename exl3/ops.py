@@ -1,15 +1,13 @@
 """The one door to the kernels: op schemas, backends, and the Python functions of the same names.
 
 Every op has a plain torch reference (`exl3/reference.py`), which also serves where no kernel is
-built, and kernels in `csrc/` that the dispatcher prefers for tensors of their device.
+built, and kernels in `csrc/` that the dispatcher prefers for tensors of their device. Importing
+this module loads them (`exl3/build.py`).
 """
-
-import warnings
-from pathlib import Path
 
 import torch
 
-from exl3 import parallel, reference
+from exl3 import build, parallel, reference
 from exl3.format.codebook import CODEBOOKS
 
 SCHEMAS = (
@@ -26,22 +24,7 @@ _library.impl("encode_tiles", reference.encode_tiles, "CompositeExplicitAutograd
 _library.impl("decode_trellis", reference.decode_trellis, "CompositeExplicitAutograd")
 
 
-def _load_kernels() -> bool:
-    """Loads the built extension, if there is one, next to this file."""
-    for pattern in ("_C*.so", "_C*.pyd"):
-        for path in sorted(Path(__file__).parent.glob(pattern)):
-            torch.ops.load_library(str(path))
-            return True
-    return False
-
-
-HAVE_KERNELS = _load_kernels()
-if not HAVE_KERNELS:
-    warnings.warn(
-        "exl3's C++ kernels are not built; the trellis search falls back to plain torch, about "
-        "a hundred times slower. Build them with: pip install --no-build-isolation -e .",
-        stacklevel=2,
-    )
+HAVE_KERNELS = build.load_kernels()
 
 
 def encode_tiles(

@@ -1,5 +1,7 @@
 """Bits under an average."""
 
+import random
+
 import pytest
 
 from exl3.allocate import Module, allocate, average_bits
@@ -31,3 +33,30 @@ def test_ends_of_the_stack_come_first():
 def test_average_by_hand():
     modules = [Module("a", 0, 300), Module("b", 1, 100)]
     assert average_bits(modules, {"a": 2, "b": 4}) == 2.5
+
+
+def test_exact_filling_where_the_order_leaves_too_much():
+    # In order: 60 fits and leaves 30, where nothing fits. 50 + 40 fill it.
+    modules = [Module("a", 0, 60), Module("b", 1, 50), Module("c", 2, 40), Module("d", 3, 150)]
+    chosen = allocate(modules, 2 + 90 / 300)
+    assert chosen == {"a": 2, "b": 3, "c": 3, "d": 2}
+
+
+def test_random_sizes_come_within_two_hundredths_where_any_choice_does():
+    chance = random.Random(0)
+    for _ in range(200):
+        modules = [
+            Module(str(i), i // 3, 16384 * chance.randint(1, 40))
+            for i in range(chance.randint(2, 12))
+        ]
+        bits = chance.uniform(1, 8)
+        total = sum(m.weights for m in modules)
+        average = average_bits(modules, allocate(modules, bits))
+        best = max(
+            sum(m.weights for i, m in enumerate(modules) if choice >> i & 1)
+            for choice in range(1 << len(modules))
+            if sum(m.weights for i, m in enumerate(modules) if choice >> i & 1)
+            <= (bits - int(bits)) * total + 1e-6
+        )
+        assert average <= bits + 1e-9
+        assert bits - average <= max(0.02, bits - int(bits) - best / total + 1e-9)

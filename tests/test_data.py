@@ -237,7 +237,7 @@ def test_bos_and_eos_only_where_there_are_some(tmp_path, tokenizer, bos, eos, be
 
 def test_a_file_of_less_than_a_row(tmp_path, tokenizer):
     (tmp_path / "a.txt").write_text("x")
-    with pytest.raises(UserError, match=r"a\.txt: the file holds 2 tokens, less than one row of 3"):
+    with pytest.raises(UserError, match=r"a\.txt: the text holds 2 tokens, less than one row of 3"):
         calibration_rows(tokenizer, 1, 3, tmp_path / "a.txt")
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 HIDDEN, BLOCKS, VOCAB = 64, 3, 128
@@ -22,16 +22,42 @@ SIZES = {
     "pad_token_id": 0,
 }
 
-# model type → what it needs besides SIZES
+LOCAL = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"] * 2}
+MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 8}
+
+# model type → what it needs besides SIZES; numbers that are not neutral, so that none goes missing
 EXTRA = {
     "llama": {},
     "qwen2": {},
     "qwen3": {"head_dim": 16},
     "mistral": {"sliding_window": 5},
     "gemma2": {"head_dim": 16, "sliding_window": 5, "query_pre_attn_scalar": 16},
+    "gemma3_text": {"head_dim": 16, "query_pre_attn_scalar": 16, **LOCAL},
+    "phi3": {"sliding_window": 5},
+    "glm": {"head_dim": 32, "attention_bias": True},
+    "glm4": {"head_dim": 32, "attention_bias": True},
+    "cohere": {"logit_scale": 0.5, "use_qk_norm": True},
+    "cohere2": {"logit_scale": 0.5, **LOCAL},
+    "olmo": {"clip_qkv": 1.5},
+    "olmo2": {},
+    "olmo3": LOCAL,
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.3,
+        "residual_multiplier": 0.7,
+        "logits_scaling": 1.7,
+    },
+    "smollm3": {"no_rope_layers": [1, 0, 1], **LOCAL, "use_sliding_window": True},
     "gpt_neox": {},
     "bloom": {"n_head": 4, "n_layer": BLOCKS},
+    "codegen": {"n_head": 4, "n_embd": HIDDEN, "n_layer": BLOCKS, "rotary_dim": 8},
+    "gpt2": {"n_head": 4, "n_embd": HIDDEN, "n_layer": BLOCKS},
     "mixtral": {"num_local_experts": 2},
+    "jetmoe": {"num_local_experts": 2, "kv_channels": 16},
+    "llama4_text": {"num_local_experts": 2, "head_dim": 16, "intermediate_size_mlp": 96},
+    "mamba": {},
+    "rwkv": {},
+    "bamba": {"attn_layer_indices": [1], "mamba_expand": 2, **MAMBA},
 }
 
 
@@ -50,7 +76,36 @@ def save_tiny(
     Norm weights and biases are random as well, so that none goes missing unnoticed.
     """
     arguments = {**SIZES, **EXTRA[kind], "tie_word_embeddings": tied, **sizes}
-    config = CONFIG_MAPPING[kind](**arguments)
+    for name in {"layer_types", "no_rope_layers"} & arguments.keys():
+        arguments[name] = arguments[name][: arguments["num_hidden_layers"]]
+    return save_config(CONFIG_MAPPING[kind](**arguments), folder, dtype, shard_size, seed)
+
+
+def save_tiny_gemma3_with_vision(folder: Path, **sizes: object) -> Path:
+    """Writes a random Gemma 3 of the multimodal kind to the folder."""
+    text = {**SIZES, **EXTRA["gemma3_text"], **sizes}
+    text["layer_types"] = text["layer_types"][: text["num_hidden_layers"]]
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 2, "image_size": 16, "patch_size": 4}
+    config = CONFIG_MAPPING["gemma3"](
+        text_config=text,
+        vision_config=vision,
+        mm_tokens_per_image=4,
+        image_token_index=VOCAB - 1,
+        boi_token_index=VOCAB - 2,
+        eoi_token_index=VOCAB - 3,
+    )
+    return save_config(config, folder)
+
+
+def save_config(
+    config: PreTrainedConfig,
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    shard_size: str = "1GB",
+    seed: int = 0,
+) -> Path:
+    """Writes a random model of a config to the folder."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
 
@@ -10,33 +11,53 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from exl3.data.builtin import builtin_texts
-from exl3.data.texts import read_texts
+from exl3.data.texts import read_dataset, read_texts
 from exl3.errors import UserError
 
 # Percent of the rows of the built-in mix. Random tokens reach inputs that text never does.
 MIX = {"prose": 55, "code": 35, "random": 10}
 
 
+@dataclass(frozen=True)
+class TextSource:
+    """Where the user's calibration text comes from.
+
+    place: a file or folder, or a dataset's name. split, column: of a dataset. stride: tokens from
+    row to row; None spreads the rows evenly over the text.
+    """
+
+    place: str
+    split: str = "train"
+    column: str | None = None
+    stride: int | None = None
+
+    def texts(self) -> list[str]:
+        if Path(self.place).is_file():
+            return read_texts(self.place)
+        return read_dataset(self.place, self.split, self.column)
+
+
 def calibration_rows(
     tokenizer: PreTrainedTokenizerBase,
     rows: int = 250,
     cols: int = 2048,
-    file: str | Path | None = None,
+    source: TextSource | str | Path | None = None,
     seed: int = 0,
     vocab_size: int | None = None,
 ) -> torch.Tensor:
-    """Token ids (rows, cols), int64, from the user's file or from the built-in mix.
+    """Token ids (rows, cols), int64, from the user's text or from the built-in mix.
 
-    Of a longer file an even sample comes back, of a shorter one all the rows it holds: fewer
+    Of a longer text an even sample comes back, of a shorter one all the rows it holds: fewer
     than asked. `seed` draws the random rows of the mix. `vocab_size` is the model's number of
-    embeddings, by default the tokenizer's of tokens. Raises UserError for a file of less than a
+    embeddings, by default the tokenizer's of tokens. Raises UserError for a text of less than a
     row, and for tokens that the model lacks.
     """
     limit = vocab_size or len(tokenizer)
-    if file is not None:
-        ids = file_rows(tokenizer, file, rows, cols)
-    else:
+    if source is None:
         ids = builtin_rows(tokenizer, rows, cols, seed, limit)
+    else:
+        source = source if isinstance(source, TextSource) else TextSource(str(source))
+        ids = text_source_rows(tokenizer, source, rows, cols)
     if ids.max() >= limit:
         raise UserError(
             f"{tokenizer.name_or_path or 'tokenizer'}: it gives token {ids.max()}, but there are "
@@ -72,20 +93,20 @@ def rows_hash(rows: torch.Tensor) -> str:
     return hashlib.sha256(shape.encode() + b":" + rows.numpy().astype("<i8").tobytes()).hexdigest()
 
 
-def file_rows(
-    tokenizer: PreTrainedTokenizerBase, file: str | Path, rows: int, cols: int
+def text_source_rows(
+    tokenizer: PreTrainedTokenizerBase, source: TextSource, rows: int, cols: int
 ) -> torch.Tensor:
-    """At most `rows` rows (n, cols) of consecutive tokens, evenly spread over the file."""
-    tokens = np.fromiter(token_stream(tokenizer, read_texts(file)), dtype=np.int64)
-    available = len(tokens) // cols
-    if available == 0:
+    """At most `rows` rows (n, cols) of consecutive tokens."""
+    tokens = np.fromiter(token_stream(tokenizer, source.texts()), dtype=np.int64)
+    if len(tokens) < cols:
         raise UserError(
-            f"{file}: the file holds {len(tokens)} tokens, less than one row of {cols}; "
-            "give a longer file or shorter rows."
+            f"{source.place}: the text holds {len(tokens)} tokens, less than one row of {cols}; "
+            "give a longer one or shorter rows."
         )
-    used = min(rows, available)
-    picks = np.arange(used) * available // used
-    return torch.from_numpy(tokens[: available * cols].reshape(available, cols)[picks])
+    starts = np.arange(0, len(tokens) - cols + 1, source.stride or cols)
+    used = min(rows, len(starts))
+    picks = np.arange(used) if source.stride else np.arange(used) * len(starts) // used
+    return torch.from_numpy(tokens[starts[picks][:, None] + np.arange(cols)])
 
 
 def builtin_rows(

@@ -1,4 +1,4 @@
-"""Documents from the user's file: .txt, .jsonl or .parquet."""
+"""Documents from the user's file (.txt, .jsonl or .parquet) or from a dataset by its name."""
 
 import json
 from pathlib import Path
@@ -100,3 +100,33 @@ def _text_column(schema, path: Path) -> str:
 STRING_TYPES = ("string", "large_string", "string_view")
 
 READERS = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
+
+
+def read_dataset(name: str, split: str, column: str | None) -> list[str]:
+    """The documents of a dataset, NAME or NAME:CONFIG of a hub or a local folder.
+
+    column: the column of texts, by default "text", "content", or the first of strings.
+    Raises UserError for what cannot be loaded (which includes any dataset while offline).
+    """
+    import datasets  # here: it takes seconds
+
+    repository, _, config = name.partition(":")
+    try:
+        data = datasets.load_dataset(repository, config or None, split=split)
+    except Exception as error:  # a hub's answers, and a stranger's files: anything may come
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(
+            f"{name}: there is no such file, and no dataset of that name could be loaded "
+            f"(split {split}: {reason}); offline, give a .txt, .jsonl or .parquet file."
+        ) from error
+    strings = [n for n, f in data.features.items() if getattr(f, "dtype", None) == "string"]
+    found = column or next((n for n in (*TEXT_KEYS, *strings) if n in strings), None)
+    if found not in strings:
+        raise UserError(
+            f"{name}: {found or 'a column of texts'} is not there; its columns of strings are "
+            f"{', '.join(strings) or 'none'}; choose one with --cal_column."
+        )
+    texts = [text.encode("utf-8", "replace").decode() for text in data[found] if text.strip()]
+    if not texts:
+        raise UserError(f"{name}: column {found} of split {split} holds no text.")
+    return texts

@@ -13,16 +13,22 @@ from exl3.progress import Progress
 
 
 def compare(
-    reference: str | Path, quants: Sequence[str | Path], rows: torch.Tensor, quiet: bool = True
+    reference: str | Path,
+    quants: Sequence[str | Path],
+    rows: torch.Tensor,
+    quiet: bool = True,
+    title: str = "Comparing",
+    **loading: object,
 ) -> list[Scores]:
     """Scores of the reference (against itself) and of every quant, on rows of ids (rows, cols).
 
-    Models run in float32, one block in memory at a time. quiet: shows no progress.
+    Models run in float32, one block in memory at a time. quiet: shows no progress. loading: what
+    else `open_model` takes.
     """
     folders = (reference, *quants)
-    models = [open_model(folder) for folder in folders]
+    models = [open_model(folder, **loading) for folder in folders]
     work = sum(model.num_blocks for model in models) + len(rows)
-    with parallel.one_thread_per_op(), Progress(work, "Comparing", quiet) as progress:
+    with parallel.one_thread_per_op(), Progress(work, title, quiet) as progress:
         states = []
         for folder, model in zip(folders, models, strict=True):
             progress.doing(Path(folder).name)

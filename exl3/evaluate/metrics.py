@@ -33,7 +33,8 @@ class Scores:
     @property
     def perplexity(self) -> float:
         """exp of the mean negative log-likelihood of every token given those before it."""
-        return math.exp(self.nll_sum / self.tokens)
+        mean = self.nll_sum / self.tokens
+        return math.inf if mean > 700 else math.exp(mean)  # NaN stays NaN
 
     @property
     def top1(self) -> float:

@@ -6,6 +6,8 @@ from functools import cache
 import numpy as np
 import torch
 
+from exl3.format.markers import MULTIPLIERS
+
 STATES = 1 << 16
 
 
@@ -28,8 +30,8 @@ CODEBOOKS = {
     book.name: book
     for book in (
         Codebook("3inst", None),
-        Codebook("mcg", 0xCBAC1FED),
-        Codebook("mul1", 0x83DCD12D),
+        Codebook("mcg", MULTIPLIERS["mcg"]),
+        Codebook("mul1", MULTIPLIERS["mul1"]),
     )
 }
 

@@ -94,13 +94,13 @@ def _storage(module: StoredModule) -> dict:
 
 def copy_small_files(source: Path, folder: Path) -> None:
     """Copies tokenizer, chat templates, generation config and the like; no weights, no configs."""
-    for path in _small_files(source):
+    for path in small_files(source):
         target = folder / path.relative_to(source)
         target.parent.mkdir(exist_ok=True)
         copy_file(path, target)
 
 
-def _small_files(source: Path) -> Iterator[Path]:
+def small_files(source: Path) -> Iterator[Path]:
     ours = ("config.json", "quantization_config.json")
     for path in sorted(source.iterdir()):
         if path.is_dir() and path.name == "additional_chat_templates":

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from exl3 import parallel
+from exl3.jobs.settings import Settings
 from exl3.jobs.workdir import WorkDir
 from exl3.model.capture import Capture, Captured, head_inputs
 from exl3.model.streamed import StreamedModel
@@ -99,14 +100,13 @@ def relative_error(reference: torch.Tensor, other: torch.Tensor) -> float:
 
 
 def quantize_and_save(
+    settings: Settings,
     work: WorkDir,
     progress: Progress,
     key: str,
     linear: nn.Linear,
     hessian: Hessian | None,
     bits: int,
-    codebook: str,
-    seed: int,
 ) -> None:
     """Quantizes a linear of the model, saves it, and tells about it."""
     began = time.monotonic()
@@ -115,8 +115,9 @@ def quantize_and_save(
         linear.weight.T,
         None if hessian is None else hessian.mean(),
         bits,
-        codebook,
-        zlib.crc32(key.encode()) ^ seed,
+        settings.codebook,
+        zlib.crc32(key.encode()) ^ settings.seed,
+        out_scales=settings.out_scales,
         name=f"{key}.weight",
     )
     report = {

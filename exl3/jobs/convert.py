@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 
 from exl3 import parallel
-from exl3.allocate import Module, allocate, average_bits
 from exl3.devices import pick_device
 from exl3.format.layer import decode_layer, padded
 from exl3.jobs import output
@@ -19,10 +18,14 @@ from exl3.jobs.blocks import (
     run_block,
     sample,
 )
-from exl3.jobs.settings import Settings, save_settings
-from exl3.jobs.source import Source, open_source
+from exl3.jobs.check import check_quant
+from exl3.jobs.estimate import estimate, refuse_full_disks
+from exl3.jobs.plan import UNQUANTIZED, Plan, make_plan
+from exl3.jobs.settings import Request, Settings, save_settings
+from exl3.jobs.source import Source, open_model, open_source
 from exl3.jobs.workdir import WorkDir
 from exl3.progress import Progress
+from exl3.quant.hessian import Hessian
 
 
 @dataclass
@@ -32,36 +35,46 @@ class Job:
     settings: Settings
     work: WorkDir
     source: Source
-    modules: list[Module]
-    bits: dict[str, int]  # of every linear, the head included
+    plan: Plan
     progress: Progress
     saved: float = 0.0  # when the states were saved last
 
 
-def convert(settings: Settings, resumed: bool, notes: list[str]) -> None:
+def convert(request: Request) -> None:
     """Does what is left of a conversion. UserError for bad input."""
+    settings = request.settings
     work = WorkDir(settings.work_dir)
     with work.locked(), parallel.one_thread_per_op():
         device, note = pick_device(settings.devices)
-        for line in (*notes, *filter(None, [note])):
+        for line in (*request.notes, *filter(None, [note])):
             print(line)
         output.refuse_strangers(settings)
         source = open_source(settings, work, device)
         save_settings(settings)
         if output.is_complete(settings, source.job_id):
             print(f"{settings.out_dir} is complete already")
-            return
-        modules = source.modules()
-        bits = allocate(modules, settings.bits)
-        bits[source.model.head()[0]] = settings.head_bits
-        _introduce(settings, source, modules, bits, resumed)
-        with Progress(_total_cost(source, modules), "Converting") as progress:
-            job = Job(settings, work, source, modules, bits, progress, time.monotonic())
+            return check_quant(settings, source)
+        plan = make_plan(settings, source.model)
+        refuse_full_disks(settings, source.model, plan, len(source.rows))
+        _introduce(settings, source, plan, request.resumed)
+        with Progress(_total_cost(source, plan), "Converting") as progress:
+            job = Job(settings, work, source, plan, progress, time.monotonic())
             source.model.load_embedding()
             states = convert_blocks(job)
             convert_head(job, states)
-            size = output.write(job.settings, job.work, job.source, job.modules, job.bits)
+            progress.doing("writing the model")
+            size = output.write(settings, work, source, plan)
         print(f"Wrote {settings.out_dir}: {size / 2**20:,.1f} MiB")
+        check_quant(settings, source)
+
+
+def dry_run(request: Request) -> None:
+    """Tells what a conversion will make and take, and does nothing."""
+    for line in request.notes:
+        print(line)
+    with parallel.one_thread_per_op():
+        model = open_model(request.settings, pick_device(request.settings.devices)[0])
+        print(estimate(request.settings, model, make_plan(request.settings, model)).text())
 
 
 def convert_blocks(job: Job) -> torch.Tensor:
@@ -111,7 +124,7 @@ def convert_head(job: Job, states: torch.Tensor) -> None:
     """Quantizes the head, on what enters it."""
     model = job.source.model
     key, head = model.head()
-    if job.work.has_layer(key):
+    if key not in job.plan.bits or job.work.has_layer(key):
         return
     job.progress.doing("the head, calibrating")
     model.load_tail()
@@ -120,24 +133,21 @@ def convert_head(job: Job, states: torch.Tensor) -> None:
     model.free_tail()
 
 
-def _quantize(job: Job, key: str, linear: torch.nn.Linear, hessian: object) -> None:
-    s = job.settings
+def _quantize(job: Job, key: str, linear: torch.nn.Linear, hessian: Hessian | None) -> None:
     quantize_and_save(
-        job.work, job.progress, key, linear, hessian, job.bits[key], s.codebook, s.seed
+        job.settings, job.work, job.progress, key, linear, hessian, job.plan.bits[key]
     )
     job.progress.advance(_encode_cost(linear))
 
 
-def _introduce(
-    settings: Settings, source: Source, modules: list[Module], bits: dict[str, int], resumed: bool
-) -> None:
+def _introduce(settings: Settings, source: Source, plan: Plan, resumed: bool) -> None:
     """Tells what will be done."""
     rows, cols = source.rows.shape
     print(f"{'Resuming' if resumed else 'Converting'} {settings.in_dir}")
+    head = "unquantized" if settings.head_bits == UNQUANTIZED else settings.head_bits
     print(
-        f"  {average_bits(modules, bits):.2f} bits per weight ({settings.bits:g} asked), "
-        f"head {settings.head_bits}, codebook {settings.codebook}; "
-        f"{source.model.num_blocks} blocks, {sum(m.weights for m in modules):,} weights"
+        f"  {plan.average:.3f} bits per weight ({settings.bits:g} asked), head {head}, "
+        f"codebook {settings.codebook}; {source.model.num_blocks} blocks, {plan.weights:,} weights"
     )
     print(f"  {rows} calibration rows of {cols} tokens")
     if rows < settings.cal_rows:
@@ -161,14 +171,16 @@ def _encode_cost(linear: torch.nn.Linear) -> float:
 
 
 def _forward_cost(job: Job, i: int) -> float:
-    weights = sum(m.weights for m in job.modules if m.block == i)
+    weights = sum(m.weights for m in job.plan.modules if m.block == i)
     return TOKEN * job.source.rows.numel() * weights
 
 
 def _block_cost(job: Job, i: int) -> float:
-    return _forward_cost(job, i) + ENCODE * sum(m.weights for m in job.modules if m.block == i)
+    weights = sum(m.weights for m in job.plan.modules if m.block == i)
+    return _forward_cost(job, i) + ENCODE * weights
 
 
-def _total_cost(source: Source, modules: list[Module]) -> float:
-    decoder = sum(m.weights for m in modules)
-    return decoder * (ENCODE + TOKEN * source.rows.numel()) + _encode_cost(source.model.head()[1])
+def _total_cost(source: Source, plan: Plan) -> float:
+    key, head = source.model.head()
+    last = _encode_cost(head) if key in plan.bits else 0
+    return plan.weights * (ENCODE + TOKEN * source.rows.numel()) + last

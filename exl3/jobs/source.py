@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from exl3.allocate import Module
-from exl3.data.rows import calibration_rows, rows_hash
+from exl3 import ops
+from exl3.data.rows import TextSource, calibration_rows, rows_hash
 from exl3.errors import UserError
-from exl3.format.layer import padded
 from exl3.jobs.settings import DEFINING, Settings
 from exl3.jobs.workdir import WorkDir
+from exl3.model.rope import Rope
 from exl3.model.streamed import StreamedModel
 
 
@@ -26,41 +26,60 @@ class Source:
     identity: dict[str, str]  # hashes of the source and of the rows
     job_id: str  # the same for every run that must end in the same bytes
 
-    def modules(self) -> list[Module]:
-        """The decoder's linears, which share the bits."""
-        return [
-            Module(key, i, padded(linear.in_features) * padded(linear.out_features))
-            for i in range(self.model.num_blocks)
-            for key, linear in self.model.block_linears(i).items()
-        ]
+
+def open_model(settings: Settings, device: torch.device) -> StreamedModel:
+    """The original model. UserError for what is wrong with it."""
+    # On a CPU half precision is slower than float32, and float32 loses nothing.
+    dtype = torch.float32 if device.type == "cpu" else None
+    model = StreamedModel(
+        settings.in_dir,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=settings.trust_remote_code,
+        rope=Rope(settings.rope_alpha, settings.rope_scale),
+    )
+    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if context and settings.cal_cols > context * (settings.rope_scale or 1):
+        raise UserError(
+            f"-cc {settings.cal_cols}: the model's context is {context} tokens "
+            f"(max_position_embeddings); give shorter rows"
+        )
+    return model
 
 
 def open_source(settings: Settings, work: WorkDir, device: torch.device) -> Source:
     """Opens the model and makes (or finds again) the rows. UserError for what is wrong."""
-    folder = Path(settings.in_dir)
-    # On a CPU half precision is slower than float32, and float32 loses nothing.
-    dtype = torch.float32 if device.type == "cpu" else None
-    trust = settings.trust_remote_code
-    model = StreamedModel(folder, device=device, dtype=dtype, trust_remote_code=trust)
+    model = open_model(settings, device)
     rows = work.load_rows()
     if rows is None:
-        rows = calibration_rows(
-            load_tokenizer(folder, trust),
-            settings.cal_rows,
-            settings.cal_cols,
-            settings.cal_file,
-            settings.seed,
-            model.config.get_text_config(decoder=True).vocab_size,
-        )
+        rows = _make_rows(settings, model)
         work.save_rows(rows)
     identity = {
         "source model": model.checkpoint.fingerprint(),
         "calibration rows": rows_hash(rows),
+        "trellis search": "kernels" if ops.HAVE_KERNELS else "plain torch",
     }
     work.check_identity(identity)
-    asked = {name: getattr(settings, name) for name in DEFINING if name != "cal_file"}
+    # The rows stand for themselves, wherever they came from.
+    asked = {name: getattr(settings, name) for name in DEFINING if not name.startswith("cal_")}
     text = json.dumps([identity, asked], sort_keys=True)
     return Source(model, rows, identity, hashlib.sha256(text.encode()).hexdigest()[:16])
+
+
+def _make_rows(settings: Settings, model: StreamedModel) -> torch.Tensor:
+    text = None
+    if settings.cal_file is not None:
+        text = TextSource(
+            settings.cal_file, settings.cal_split, settings.cal_column, settings.cal_stride
+        )
+    return calibration_rows(
+        load_tokenizer(Path(settings.in_dir), settings.trust_remote_code),
+        settings.cal_rows,
+        settings.cal_cols,
+        text,
+        settings.seed,
+        model.config.get_text_config(decoder=True).vocab_size,
+    )
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

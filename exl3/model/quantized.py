@@ -9,6 +9,7 @@ from exl3.errors import UserError
 from exl3.format.layer import LAYER_TENSORS, decode_layer, padded
 from exl3.format.trellis import TILE
 from exl3.model.checkpoint import Checkpoint, read_json
+from exl3.model.rope import Rope
 from exl3.model.streamed import StreamedModel
 
 
@@ -95,9 +96,19 @@ class QuantizedCheckpoint:
         return (columns * TILE, rows * TILE)
 
 
-def open_model(folder: str | Path) -> StreamedModel:
-    """An original or an EXL3 model as a stream of blocks in float32."""
+def open_model(
+    folder: str | Path, trust_remote_code: bool = False, rope: Rope | None = None
+) -> StreamedModel:
+    """An original or an EXL3 model as a stream of blocks in float32.
+
+    rope: changes to an original's rotary embeddings; a quant's config says them itself.
+    """
     quantization = read_json(Path(folder) / "config.json").get("quantization_config")
     exl3 = isinstance(quantization, dict) and quantization.get("quant_method") == "exl3"
-    checkpoint = QuantizedCheckpoint(folder) if exl3 else None
-    return StreamedModel(folder, checkpoint=checkpoint, dtype=torch.float32)
+    return StreamedModel(
+        folder,
+        checkpoint=QuantizedCheckpoint(folder) if exl3 else None,
+        dtype=torch.float32,
+        trust_remote_code=trust_remote_code,
+        rope=None if exl3 else rope,
+    )

@@ -31,6 +31,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from exl3.errors import UserError
 from exl3.model.checkpoint import Checkpoint, TensorSource, read_json
+from exl3.model.fused import SplitCheckpoint, split_linears
+from exl3.model.rope import Rope
 from exl3.progress import no_transformers_bar
 
 EMBEDDING = "the embedding"
@@ -42,7 +44,8 @@ class StreamedModel:
     """A causal language model whose parts are loaded, run and freed one by one.
 
     path: the model's folder; checkpoint: where its tensors come from (default: that folder);
-    dtype: what the weights become (default: what config.json says). Runs may be called from
+    dtype: what the weights become (default: what config.json says); rope: changes to the rotary
+    embeddings. Runs may be called from
     several threads at once, without gradients; loading and freeing are for one thread. Weights of
     a loaded part may be replaced (`linear.weight.data = ...`), modules may not.
 
@@ -58,18 +61,24 @@ class StreamedModel:
         dtype: torch.dtype | None = None,
         attn_implementation: str | None = None,
         trust_remote_code: bool = False,
+        rope: Rope | None = None,
     ):
         self.path = Path(path)
         self.device = torch.device(device)
         decoded = checkpoint is not None
         self.config = _read_config(self.path, attn_implementation, trust_remote_code, decoded)
+        text = self.config.get_text_config(decoder=True)
+        self.rope_parameters = (rope or Rope()).parameters(text)  # None: the config's own
+        if self.rope_parameters:
+            text.rope_parameters = self.rope_parameters
         self.checkpoint: TensorSource = checkpoint if decoded else Checkpoint(self.path)
         self.dtype = dtype or _stored_dtype(self.config, self.checkpoint)
         _check_block_count(self.config, self.checkpoint)
         self._model = _skeleton(self.config, self.dtype, trust_remote_code)
         _make_buffers(self._model, self.device)
-        _refuse_experts(self._model, self.path)
         self._prefix, self._blocks = _find_blocks(self._model, self.path)
+        _refuse(self._model, self._blocks, self.path)
+        self._split_fused()
         self._head_name, self._head = _find_head(self._model, self.path)
         self._sort_tensors()
         self._loaded: set[Part] = set()
@@ -84,6 +93,12 @@ class StreamedModel:
     def block_name(self, i: int) -> str:
         """Module path of block i, such as `model.layers.3`."""
         return f"{self._prefix}.{i}"
+
+    def _split_fused(self) -> None:
+        """Splits fused linears, in the model and in its checkpoint."""
+        fused = split_linears(self._model, self.config.get_text_config(decoder=True))
+        if fused:
+            self.checkpoint = SplitCheckpoint(self.checkpoint, fused)
 
     # -- What is where ---------------------------------------------------------------------------
 
@@ -132,8 +147,8 @@ class StreamedModel:
         parent, _, _ = self._prefix.rpartition(".")
         siblings = list(self._model.get_submodule(parent).named_children())
         after = siblings[[module for _, module in siblings].index(self._blocks) + 1 :]
-        tail = [f"{parent}.{n}".strip(".") for n, m in after if "norm" in type(m).__name__.lower()]
-        tail = tuple(f"{name}." for name in (*tail, self._head_name))
+        norms = [f"{parent}.{n}".strip(".") for n, m in after if "norm" in type(m).__name__.lower()]
+        tail = tuple(f"{name}." for name in (*norms[:1], self._head_name))  # others: who knows when
         blocks = f"{self._prefix}."
 
         def part(name: str) -> Part:
@@ -173,11 +188,14 @@ class StreamedModel:
         return linears
 
     def head(self) -> tuple[str, nn.Linear]:
-        """The head and its key without `.weight`: the checkpoint's own, `lm_head` if tied."""
+        """The head and its key without `.weight`: the checkpoint's own, else (tied) `lm_head` with
+        what stands before `model.embed_tokens`, as in `language_model.lm_head`."""
         key = self._keys.get(f"{self._head_name}.weight")
-        if self.tied_head or key is None:
-            return "lm_head", self._head
-        return key.removesuffix(".weight"), self._head
+        if key is not None and not self.tied_head:
+            return key.removesuffix(".weight"), self._head
+        embedding = self._keys.get(self._twins.get(f"{self._head_name}.weight", ""), "")
+        before, found, _ = embedding.rpartition(".model.embed_tokens.")
+        return f"{before}.lm_head" if found else "lm_head", self._head
 
     # -- Loading and freeing ---------------------------------------------------------------------
 
@@ -508,13 +526,29 @@ def _nearest_model(model: PreTrainedModel, name: str) -> PreTrainedModel:
     return nearest
 
 
-def _refuse_experts(model: PreTrainedModel, path: Path) -> None:
-    for module in model.modules():
-        if hasattr(module, "is_concatenated") and hasattr(module, "has_gate"):
-            raise UserError(
-                f"{path} is a mixture-of-experts model, which is not supported yet; "
-                "use a dense model."
-            )
+def _refuse(model: PreTrainedModel, blocks: nn.ModuleList, path: Path) -> None:
+    """UserError for models that would run here, but whose quants would be of no use."""
+    if model._is_stateful:
+        raise UserError(
+            f"{path} is a recurrent model ({model.config.model_type}: Mamba, RWKV, linear "
+            "attention and the like), which is not supported yet; use a model with attention only."
+        )
+    if any(name.rpartition(".")[2] == "experts" for name, _ in blocks.named_modules()):
+        raise UserError(
+            f"{path} is a mixture-of-experts model, which is not supported yet; use a dense model."
+        )
+    for name, module in blocks.named_modules():
+        for leaf, weight in module.named_parameters(recurse=False):
+            if weight.dim() > 2 and not isinstance(module, nn.modules.conv._ConvNd):
+                raise UserError(
+                    f"{path} keeps several matrices in one tensor ({name}.{leaf}), as "
+                    "mixture-of-experts models do, which is not supported yet; use a dense model."
+                )
+    if not any(isinstance(module, nn.Linear) for module in blocks.modules()):
+        raise UserError(
+            f"{path} has no linear layers in its blocks that could be quantized; models of the "
+            f"type {model.config.model_type} are not supported."
+        )
 
 
 def _find_blocks(model: PreTrainedModel, path: Path) -> tuple[str, nn.ModuleList]:

@@ -8,9 +8,9 @@ from exl3.format.trellis import TILE, matrix_to_tiles
 # Best scale of unit Gaussian weights, in units of the codebook, for K = 1..8
 # (measured: bench/scale_table.py).
 GAUSSIAN_SCALE = {
-    "3inst": (1.41, 1.26, 1.13, 1.12, 1.12, 1.08, 1.03, 0.97),
-    "mcg": (1.42, 1.25, 1.17, 1.17, 1.11, 1.09, 1.02, 0.97),
-    "mul1": (1.13, 1.03, 0.91, 0.94, 0.93, 0.91, 0.88, 0.82),
+    "3inst": (1.426, 1.232, 1.165, 1.125, 1.071, 1.008, 0.952, 0.906),
+    "mcg": (1.420, 1.231, 1.175, 1.129, 1.074, 1.011, 0.949, 0.900),
+    "mul1": (1.122, 0.989, 0.938, 0.908, 0.879, 0.839, 0.797, 0.757),
 }
 STEP = 1.06  # ratio between the three scales that are tried
 MOST_TILES = 64  # a sample's

@@ -1,0 +1,5 @@
+"""`python -m exl3 COMMAND ...`"""
+
+from exl3.commands import main
+
+main()

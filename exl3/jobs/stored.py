@@ -1,0 +1,94 @@
+"""Every tensor of the finished model, known by its shape before it is made."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from exl3.errors import UserError
+from exl3.format.codebook import CODEBOOKS
+from exl3.format.directory import StoredModule, stored_dtype
+from exl3.format.layer import padded
+from exl3.format.trellis import TILE
+from exl3.jobs.plan import UNQUANTIZED, Plan
+from exl3.jobs.settings import Settings
+from exl3.model.streamed import StreamedModel
+from exl3.tensor_files import LazyTensor
+
+LoadLayer = Callable[[str], dict[str, torch.Tensor]]  # a finished layer's tensors, by its key
+
+
+def stored_modules(
+    settings: Settings, model: StreamedModel, plan: Plan, load_layer: LoadLayer
+) -> Iterator[StoredModule]:
+    """Every module of the output in the order of the model."""
+    embedding = set(model.embedding_keys())
+    parts = (model.block_keys(i) for i in range(model.num_blocks))
+    keys = [*model.embedding_keys(), *(key for part in parts for key in part), *model.tail_keys()]
+    linears = {model.head()[0]: model.head()[1]}
+    for i in range(model.num_blocks):
+        linears |= model.block_linears(i)
+    names: dict[str, list[str]] = {}
+    for key in keys:
+        names.setdefault(key.rpartition(".")[0], []).append(key)
+    if settings.head_bits != UNQUANTIZED:
+        names.setdefault(model.head()[0], [])  # a tied head has no key of its own
+    for name, own in names.items():
+        if name in plan.bits:
+            yield _quantized(settings, model, plan.bits[name], name, linears[name], own, load_layer)
+        else:
+            yield StoredModule(name, tuple(_plain(model, key, key in embedding) for key in own))
+
+
+def _quantized(
+    settings: Settings,
+    model: StreamedModel,
+    bits: int,
+    name: str,
+    linear: torch.nn.Linear,
+    keys: list[str],
+    load_layer: LoadLayer,
+) -> StoredModule:
+    rows, columns = padded(linear.in_features), padded(linear.out_features)
+    shapes = {
+        "suh": ((rows,), torch.float16),
+        "svh": ((columns,), torch.float16),
+        "trellis": ((rows // TILE, columns // TILE, TILE * bits), torch.int16),
+    }
+    if CODEBOOKS[settings.codebook].marker is not None:
+        shapes[settings.codebook] = ((), torch.int32)
+    tensors = [
+        LazyTensor(f"{name}.{leaf}", shape, dtype, partial(_leaf, load_layer, name, leaf))
+        for leaf, (shape, dtype) in sorted(shapes.items())
+    ]
+    if (bias := f"{name}.bias") in keys:
+        load = partial(_padded_bias, model, bias, columns)
+        tensors.append(LazyTensor(bias, (columns,), torch.float16, load))
+    return StoredModule(name, tuple(tensors), bits, settings.codebook)
+
+
+def _leaf(load_layer: LoadLayer, name: str, leaf: str) -> torch.Tensor:
+    return load_layer(name)[leaf]
+
+
+def _padded_bias(model: StreamedModel, key: str, size: int) -> torch.Tensor:
+    bias = _load(model, key, torch.float16)
+    return F.pad(bias, (0, size - len(bias)))
+
+
+def _plain(model: StreamedModel, key: str, embedding: bool) -> LazyTensor:
+    checkpoint = model.checkpoint
+    dtype = stored_dtype(key, checkpoint.dtype(key), embedding)
+    return LazyTensor(key, tuple(checkpoint.shape(key)), dtype, partial(_load, model, key, dtype))
+
+
+def _load(model: StreamedModel, key: str, dtype: torch.dtype) -> torch.Tensor:
+    tensor = model.checkpoint.tensor(key)
+    cast = tensor.to(dtype)
+    if tensor.is_floating_point() and not torch.isfinite(cast).all():
+        raise UserError(
+            f"{model.checkpoint.file(key)}: {key} holds values that {dtype} cannot; "
+            "the source model is damaged; download it again"
+        )
+    return cast

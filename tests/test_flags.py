@@ -1,0 +1,187 @@
+"""Every flag of convert.py, in every spelling that users know: what it is taken for."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from exl3.errors import UserError
+from exl3.jobs.flags import IGNORED, convert_parser
+from exl3.jobs.settings import Settings, load_settings, read_request
+
+DOCS = Path(__file__).resolve().parents[1] / "docs" / "convert.md"
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A folder is all that the command line wants to see."""
+    (tmp_path / "model").mkdir()
+    return tmp_path / "model"
+
+
+def understood(*arguments):
+    return read_request(convert_parser().parse_args([str(a) for a in arguments]))
+
+
+@pytest.fixture
+def base(model, tmp_path):
+    return ("-i", model, "-o", tmp_path / "out", "-w", tmp_path / "work", "-b", "3")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field", "value"),
+    [
+        (["--head_bits", "8"], "head_bits", 8),
+        (["-hb", "16"], "head_bits", 16),
+        (["-ss", "0"], "shard_size", 0),
+        (["--out_scales"], "out_scales", "always"),
+        (["--out_scales", "auto"], "out_scales", "auto"),
+        (["--out_scales", "never"], "out_scales", "never"),
+        (["--no_out_scales"], "out_scales", "never"),
+        (["-hq"], "hq", True),
+        (["-cr", "5"], "cal_rows", 5),
+        (["-rows", "5"], "cal_rows", 5),
+        (["--dataset_rows", "5"], "cal_rows", 5),
+        (["-cc", "99"], "cal_cols", 99),
+        (["-l", "99"], "cal_cols", 99),
+        (["--length", "99"], "cal_cols", 99),
+        (["--cal_stride", "7"], "cal_stride", 7),
+        (["-c", "owner/name:config"], "cal_file", "owner/name:config"),
+        (["--cal_dataset", "wikitext"], "cal_file", "wikitext"),
+        (["--cal_split", "test"], "cal_split", "test"),
+        (["-cb", "mcg"], "codebook", "mcg"),
+        (["-mcg", "0xCBAC1FED"], "codebook", "mcg"),
+        (["-mul1", "0x83DCD12D"], "codebook", "mul1"),
+        (["-ra", "2.5"], "rope_alpha", 2.5),
+        (["--rope_scale", "4"], "rope_scale", 4.0),
+        (["-cpi", "0"], "checkpoint_interval", 0),
+        (["-d", "0,1"], "devices", "0,1"),
+        (["-v"], "verbose", True),
+        (["--seed", "9"], "seed", 9),
+        (["--check_rows", "0"], "check_rows", 0),
+        (["--trust_remote_code"], "trust_remote_code", True),
+    ],
+)
+def test_flags_in_all_spellings(base, arguments, field, value):
+    assert getattr(understood(*base, *arguments).settings, field) == value
+
+
+@pytest.mark.parametrize("spelling", ["-r", "-resume", "--resume"])
+def test_resume_restores_every_setting(base, tmp_path, spelling):
+    first = understood(*base, "-hb", "7", "-cr", "11", "--seed", "3", "-cb", "mcg").settings
+    again = understood("-w", tmp_path / "work", spelling)
+    assert again.settings == first
+
+
+@pytest.mark.parametrize("row", IGNORED, ids=lambda row: row[1])
+def test_flags_without_meaning_are_said_in_one_line(base, row):
+    for name in filter(None, row[:2]):
+        notes = understood(*base, name, *["1"] * row[2]).notes
+        assert [note for note in notes if row[3] in note] == [
+            f"{row[0] or row[1]} is ignored: {row[3]}"
+        ]
+
+
+def test_exllamav2_folders(model, tmp_path):
+    request = understood("-i", model, "-o", tmp_path / "t", "-cf", tmp_path / "q", "-b", "3")
+    assert request.settings.work_dir == str(tmp_path / "t")
+    assert request.settings.out_dir == str(tmp_path / "q")
+    assert "as in exllamav2" in request.notes[0]
+    request = understood("-i", model, "-w", tmp_path / "w", "-cf", tmp_path / "q", "-b", "3")
+    assert request.settings.out_dir == str(tmp_path / "q")
+    with pytest.raises(UserError, match="leave one of them out"):
+        understood("-i", model, "-w", "w", "-o", "o", "-cf", "q", "-b", "3")
+
+
+def test_no_resume_forgets_the_job_and_nothing_else(base, tmp_path):
+    understood(*base)
+    work = tmp_path / "work"
+    (work / "identity.json").write_text("{}")
+    (work / "layers").mkdir()
+    (work / "layers" / "a.safetensors").write_text("")
+    (work / "mine.txt").write_text("mine")
+    with pytest.raises(UserError, match="different job"):
+        understood(*base[:-1], "4")
+    request = understood(*base[:-1], "4", "-nr")
+    assert request.settings.bits == 4
+    assert not request.resumed
+    assert sorted(p.name for p in work.rglob("*") if p.is_file()) == ["job.json", "mine.txt"]
+    with pytest.raises(UserError, match="contradict"):
+        understood("-w", work, "-r", "-nr")
+
+
+def test_harmless_changes_are_said(base, tmp_path):
+    understood(*base)
+    (tmp_path / "work" / "identity.json").write_text("{}")
+    request = understood("-w", tmp_path / "work", "-r", "-ss", "100", "-o", tmp_path / "new")
+    assert request.resumed
+    assert request.settings.shard_size == 100
+    assert [note.partition(" is now")[0] for note in request.notes] == ["-o", "-ss"]
+    request = understood(*base, "-d", "cpu")
+    assert "-d is now cpu (was 0)" in request.notes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-m", "x.json"], "measurements are not supported yet"),
+        (["-om", "x.json"], "measurements are not supported yet"),
+        (["-mcg", "0x1"], "use -cb mcg"),
+        (["-mul1", "zzz"], "use -cb mul1"),
+        (["-hb", "12"], "-hb 12 is out of range"),
+        (["-ra", "-1"], "-ra -1.0 is out of range"),
+        (["-ss", "-5"], "-ss -5 is out of range"),
+        (["--cal_stride", "0"], "--cal_stride 0 is out of range"),
+        (["-c", "missing.txt"], "-c missing.txt is no file"),
+        (["-c", "no such file"], "is no file"),
+        (["-d", "gpu"], "give device numbers"),
+    ],
+)
+def test_bad_values(base, tmp_path, arguments, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        understood(*base, *arguments)
+    assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--bit", "3"], ["-b", "three"], ["-r", "100"], ["-cb", "nf4"], ["--out_scales", "x"]],
+)
+def test_what_argparse_refuses_ends_with_exit_code_2(base, arguments, capsys):
+    with pytest.raises(SystemExit) as error:
+        understood(*base, *arguments)
+    assert error.value.code == 2
+    assert "error:" in capsys.readouterr().err
+
+
+def test_a_damaged_job_file_is_told(base, tmp_path):
+    understood(*base)
+    (tmp_path / "work" / "job.json").write_text("{")
+    with pytest.raises(UserError, match="is damaged"):
+        understood("-w", tmp_path / "work", "-r")
+
+
+def test_dry_run_needs_model_and_bits_only_and_leaves_nothing(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    request = understood("-i", model, "-b", "3", "--dry_run")
+    assert request.dry_run
+    assert sorted(tmp_path.iterdir()) == [model]
+    with pytest.raises(UserError, match="missing: -b"):
+        understood("-i", model, "--dry_run")
+
+
+def test_stored_settings_are_all_of_them(base, tmp_path):
+    settings = understood(*base).settings
+    stored = json.loads((tmp_path / "work" / "job.json").read_text())
+    assert stored == dataclasses.asdict(settings)
+    assert stored.keys() == {f.name for f in dataclasses.fields(Settings)}
+    assert load_settings(tmp_path / "work") == settings
+
+
+def test_every_flag_stands_in_the_docs():
+    text = DOCS.read_text()
+    for action in convert_parser()._actions:
+        for spelling in action.option_strings:
+            assert f"`{spelling}`" in text, f"{spelling} is missing in docs/convert.md"
