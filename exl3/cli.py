@@ -1,9 +1,27 @@
-"""How every command ends: exit code 0, 2 for bad input, 1 for a failure while running."""
+"""How every command reads its flags and ends: exit code 0, 2 for bad input, 1 for a failure."""
 
+import argparse
+import difflib
 import sys
 from collections.abc import Callable
 
 from exl3.errors import JobError, UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """Flags are never abbreviated; what is wrong with them is one sentence, not a page of usage."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> None:
+        unknown = message.removeprefix("unrecognized arguments: ")
+        if unknown != message:
+            known = [s for action in self._actions for s in action.option_strings]
+            near = difflib.get_close_matches(unknown.split()[0], known, 1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            message = f"there is no flag {unknown}{hint}"
+        _leave(f"{message}; try --help", 2)
 
 
 def run(command: Callable[[], None]) -> None:

@@ -264,3 +264,10 @@ def test_what_is_refused(tmp_path, kind, message):
     save_tiny(kind, tmp_path)
     with pytest.raises(UserError, match=message):
         StreamedModel(tmp_path)
+
+
+def test_experts_under_any_name_are_refused(tmp_path):
+    model = StreamedModel(save_tiny("llama", tmp_path))
+    model._blocks[1].mlp.many = torch.nn.Parameter(torch.empty(2, 4, 4))
+    with pytest.raises(UserError, match=r"several matrices in one tensor \(1\.mlp\.many\)"):
+        streamed._refuse(model._model, model._blocks, tmp_path)

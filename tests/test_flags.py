@@ -153,7 +153,7 @@ def test_what_argparse_refuses_ends_with_exit_code_2(base, arguments, capsys):
     with pytest.raises(SystemExit) as error:
         understood(*base, *arguments)
     assert error.value.code == 2
-    assert "error:" in capsys.readouterr().err
+    assert "Error: " in capsys.readouterr().err
 
 
 def test_a_damaged_job_file_is_told(base, tmp_path):

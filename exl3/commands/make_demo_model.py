@@ -2,12 +2,12 @@
 
 import argparse
 
+from exl3.cli import Parser
+
 
 def main(argv: list[str] | None = None, prog: str | None = None) -> None:
     # What is not given is left to the function's defaults.
-    parser = argparse.ArgumentParser(
-        prog, description=__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS
-    )
+    parser = Parser(prog, description=__doc__, argument_default=argparse.SUPPRESS)
     parser.add_argument("-o", "--out_dir", required=True, help="new folder for the model")
     parser.add_argument("--steps", type=int, help="training steps; fewer make a worse model")
     parser.add_argument("--seed", type=int, help="of the weights and the order of rows (0)")

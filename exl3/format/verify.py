@@ -207,8 +207,8 @@ class _Check:
             for field, value in told.items():
                 if entry.get(field) != value:
                     self.problems.append(
-                        f"{DETAIL}: {field} of {name} is {entry.get(field)!r:.60}, but by its tensors "
-                        f"it is {value!r}; {AGAIN}"
+                        f"{DETAIL}: {field} of {name} is {entry.get(field)!r:.60}, but by its "
+                        f"tensors it is {value!r}; {AGAIN}"
                     )
 
     def _compare_tensors(self, storage: dict[str, Any]) -> None:
@@ -258,8 +258,8 @@ class _Check:
             return
         if not isinstance(self.model_type, str) or self.model_type not in CONFIG_MAPPING:
             self.notes.append(
-                f"the installed transformers does not know the model type {self.model_type!r:.60} of "
-                "config.json, so whether all tensors are there was not checked"
+                f"the installed transformers does not know the model type {self.model_type!r:.60} "
+                "of config.json, so whether all tensors are there was not checked"
             )
             return
         try:

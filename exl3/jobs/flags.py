@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 
+from exl3.cli import Parser
 from exl3.errors import UserError
 from exl3.format.markers import MULTIPLIERS
 from exl3.jobs.settings import CODEBOOKS, OUT_SCALES, Settings
@@ -75,11 +76,7 @@ SWITCHES = {"hq": ("-hq",), "verbose": ("-v",), "trust_remote_code": ()}
 def convert_parser() -> argparse.ArgumentParser:
     """The command line of convert.py. What was not given is None, to tell it apart on resume."""
     defaults = {f.name: f.default for f in dataclasses.fields(Settings)}
-    p = argparse.ArgumentParser(
-        prog="convert.py",
-        allow_abbrev=False,
-        description="Converts a Hugging Face model to an EXL3 quant.",
-    )
+    p = Parser(prog="convert.py", description="Converts a Hugging Face model to an EXL3 quant.")
     p.add_argument(
         "-r", "-resume", "--resume", action="store_true", help="go on with the job of -w"
     )

@@ -1,6 +1,7 @@
 """The finished model's folder: it appears whole or not at all."""
 
 import shutil
+import tempfile
 from pathlib import Path
 
 from exl3 import __version__
@@ -28,14 +29,25 @@ NO_LIMIT = 1 << 62  # bytes of a shard
 
 
 def refuse_strangers(settings: Settings) -> None:
-    """UserError if the output folder holds anything that no job of ours wrote."""
+    """UserError if the output folder cannot be made, or holds what no job of ours wrote."""
     folder = Path(settings.out_dir)
     if not folder.exists():
-        return
+        return _refuse_unwritable(folder.parent)
     if not folder.is_dir():
         raise UserError(f"-o {folder} is a file; give a folder that does not exist yet")
     if any(folder.iterdir()) and _job_of(folder) is None:
         raise UserError(f"-o {folder} is not empty; give a new folder, or empty this one")
+
+
+def _refuse_unwritable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"-o: {folder} cannot be written to ({error.strerror}); choose another place"
+        ) from None
 
 
 def is_complete(settings: Settings, job_id: str) -> bool:

@@ -192,8 +192,13 @@ def load_settings(work: Path) -> Settings | None:
 def save_settings(settings: Settings) -> None:
     """Writes the work folder's job.json."""
     folder = Path(settings.work_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "job.json", dataclasses.asdict(settings))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "job.json", dataclasses.asdict(settings))
+    except OSError as error:
+        raise UserError(
+            f"-w {folder} cannot be written to ({error.strerror}); choose another folder"
+        ) from None
 
 
 def _whole(given: dict, stored: Settings) -> dict:
