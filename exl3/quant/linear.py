@@ -10,14 +10,21 @@ from exl3 import parallel
 from exl3.errors import UserError
 from exl3.format.codebook import CODEBOOKS
 from exl3.format.layer import decode_layer, padded
-from exl3.format.trellis import pack
+from exl3.format.trellis import TILE, pack
 from exl3.quant.hessian import DAMPING, block_ldl, damped, useless
 from exl3.quant.incoherence import PANEL, Regularized, regularize, transform_hessian
 from exl3.quant.ldlq import ldlq, round_plain
-from exl3.quant.scale import sample_columns, search_scale
+from exl3.quant.scale import refine_scale, sample_columns, search_scale
 
 # Which ways of scaling the outputs are tried.
 OUT_SCALES = {"always": (True,), "never": (False,), "auto": (True, False)}
+
+# Feedback widens targets so much at these bits that another scale is better for them; at more bits
+# the scale without feedback is within 1% of the best (bench/ldlq_scale.py).
+WIDENED = (1, 2)
+
+# Columns of the samples that scales are searched on, without and with feedback.
+MOST_COLUMNS = MOST_LDLQ_COLUMNS = 128
 
 
 @dataclass
@@ -55,16 +62,21 @@ def quantize_linear(
     _check(weight, hessian, bits, codebook, out_scales, name)
     with parallel.one_thread_per_op():
         weight = weight.detach().float().cpu()
-        regular, suh = _scaled(_padded(weight), bits, codebook, seed, out_scales)
-        factor, notes = _feedback(hessian, suh)
+        regular, scale = _scaled(_padded(weight), bits, codebook, seed, out_scales)
+        feedback, notes = _feedback(hessian, regular.input_scales)
+        if feedback is not None and bits in WIDENED:
+            width = min(max(regular.svh.shape[0] // 32, TILE), MOST_LDLQ_COLUMNS)
+            sample = regular.sample(sample_columns(regular.svh.shape[0], width))
+            scale = refine_scale(sample, scale, *feedback, bits, codebook)
+        suh = (regular.input_scales / scale).half()
         inner = regular.inner(suh)
-        if factor is None:
+        if feedback is None:
             states = round_plain(inner, bits, codebook)
         else:
-            states = ldlq(inner, factor, bits, codebook)
+            states = ldlq(inner, feedback[0], bits, codebook)
         tensors = {"trellis": pack(states, bits), "suh": suh, "svh": regular.svh}
-        fed_back = factor is not None
-        del regular, inner, factor, states  # a head's take gigabytes
+        fed_back = feedback is not None
+        del regular, inner, feedback, states  # a head's take gigabytes
         if (marker := CODEBOOKS[codebook].marker) is not None:
             tensors[codebook] = marker
         decoded = decode_layer(tensors)[: weight.shape[0], : weight.shape[1]].contiguous()
@@ -138,39 +150,42 @@ def _padded(weight: torch.Tensor) -> torch.Tensor:
 
 def _scaled(
     weight: torch.Tensor, bits: int, codebook: str, seed: int, out_scales: str
-) -> tuple[Regularized, torch.Tensor]:
-    """Regularized weights, and suh, float16 (in,): input scales over the scale of the layer."""
-    best: tuple[float, Regularized, torch.Tensor] | None = None
+) -> tuple[Regularized, float]:
+    """Regularized weights, and the scale at which they are encoded best without feedback."""
+    best: tuple[float, Regularized, float] | None = None
     for with_outputs in OUT_SCALES[out_scales]:
         generator = torch.Generator().manual_seed(seed)
         regular = regularize(weight, generator, with_outputs)
-        scales = regular.input_scales
         scale, error = 1.0, 0.0
-        if scales.any():
-            sample = regular.sample(sample_columns(weight.shape[1]))
+        if regular.input_scales.any():
+            sample = regular.sample(sample_columns(weight.shape[1], MOST_COLUMNS))
             scale, error = search_scale(sample, bits, codebook)
         # An error of the inner matrix reaches the output through both scales.
-        error *= float(scales.square().mean() * regular.svh.float().square().mean())
+        error *= float(regular.input_scales.square().mean() * regular.svh.float().square().mean())
         if best is None or error < best[0]:
-            best = (error, regular, (scales / scale).half())
+            best = (error, regular, scale)
     return best[1:]
 
 
 def _feedback(
-    hessian: torch.Tensor | None, suh: torch.Tensor
-) -> tuple[torch.Tensor | None, list[str]]:
-    """L of the transformed Hessian, float32 (in, in), or None for plain rounding; and notes."""
+    hessian: torch.Tensor | None, input_scales: torch.Tensor
+) -> tuple[tuple[torch.Tensor, torch.Tensor] | None, list[str]]:
+    """L and the Hessian it comes from, float32 (in, in), as errors of W_inner feel it; and notes.
+
+    None for plain rounding.
+    """
     if reason := useless(hessian):
         return None, [f"{reason}: rounded without error feedback"]
-    size = suh.shape[0]
-    hessian = hessian.double().cpu()
-    for damping, h in damped(hessian):
-        h = F.pad(h, (0, size - h.shape[0], 0, size - h.shape[0]))
-        pad = torch.arange(hessian.shape[0], size)
-        h[pad, pad] = h.diagonal()[: hessian.shape[0]].mean()
-        factor = block_ldl(transform_hessian(h, suh))
+    if not input_scales.any():
+        return None, []  # nothing but zeros
+    rows, size = hessian.shape[0], input_scales.shape[0]
+    for damping, h in damped(hessian.double().cpu()):
+        h = F.pad(h, (0, size - rows, 0, size - rows))
+        h.diagonal()[rows:] = h.diagonal()[:rows].mean()
+        h = transform_hessian(h, input_scales)
+        factor = block_ldl(h)
         if factor is not None:
             extra = damping > DAMPING
             notes = [f"the Hessian needed a damping of {damping:g}"] if extra else []
-            return factor.float(), notes
+            return (factor.float(), h.float()), notes
     return None, ["the Hessian is not positive definite: rounded without error feedback"]
