@@ -3,8 +3,8 @@
 
     python bench/ldlq_scale.py MODEL --text FILE [--rows 32] [--length 512] [--blocks 2]
 
-Here at every K; `exl3.quant.linear.WIDENED` says where it is done. Both ways on the same linears and
-Hessians of the model's first blocks; geometric means.
+Here at every K; `exl3.quant.linear.WIDENED` says where it is done. Both ways on the same linears
+and Hessians of the model's first blocks; geometric means.
 """
 
 import argparse
@@ -19,8 +19,8 @@ import torch
 
 from exl3 import parallel, quantize_linear
 from exl3.data.rows import calibration_rows
+from exl3.data.tokenizer import load_tokenizer
 from exl3.jobs.blocks import block_hessians, run_block
-from exl3.jobs.source import load_tokenizer
 from exl3.model.quantized import open_model
 from exl3.quant import linear as quant_linear
 

@@ -1,6 +1,5 @@
 """The main job on a small real model, from nothing to a table and a chart."""
 
-import json
 import os
 import shlex
 import subprocess
@@ -8,14 +7,13 @@ import sys
 import time
 from pathlib import Path
 
-from exl3.data.builtin import builtin_texts
-from exl3.data.rows import evaluation_rows
 from exl3.errors import JobError
-from exl3.evaluate.compare import compare
-from exl3.evaluate.metrics import Scores
-from exl3.evaluate.plot import Point, draw_quants
+from exl3.evaluate.plot import draw_chart
+from exl3.evaluate.result import Result
 from exl3.evaluate.table import text_table
-from exl3.jobs.source import load_tokenizer
+from exl3.files import atomic_file, write_json
+from exl3.jobs.compare import Request, compare_models
+from exl3.jobs.perplexity import held_out_texts
 
 BITS = (4, 3, 2)
 ROWS, LENGTH = 32, 512  # of the evaluation
@@ -41,14 +39,49 @@ def demo(model: Path | None, out: Path) -> None:
     for bits, quant in quants.items():
         seconds[bits] = _convert(model, quant, out / f"work-{bits}", bits)
     print("3. What each is worth, on text that none of this has seen", flush=True)
-    text = "\n\n".join(text for _, text in builtin_texts("prose", held_out=True))
-    rows = evaluation_rows(load_tokenizer(model), text, LENGTH, ROWS)
-    scores = compare(model, list(quants.values()), rows, quiet=False)
-    _show(out, model, quants, scores, seconds)
+    data, models = _write_specs(out, model, quants)
+    chart = out / "chart.png"
+    flags = ["-d", data, "-m", models, "-p", "-kld", "-o", chart, "-dev", "cpu"]
+    print("$ python -m exl3 compare " + shlex.join(map(str, flags)), flush=True)
+    results = compare_models(Request(data, (str(models),), device="cpu", reference_rows=0))
+    title = f"EXL3 quants of {model.resolve().name}"
+    draw_chart(chart, results, title=title, ppl=True, kld=True)
+    _show(results, {_label(bits): took for bits, took in seconds.items()})
+    print(f"KLD: mean KL divergence from the original, in nats a token. Chart: {chart}")
 
 
-def _convert(model: Path, quant: Path, work: Path, bits: int) -> float:
-    """Runs `exl3 convert` as a user would. Returns its seconds."""
+def _write_specs(out: Path, model: Path, quants: dict[int, Path]) -> tuple[Path, Path]:
+    """Spec files of the comparison, as a user would write them. Returns both paths."""
+    text = out / "heldout.txt"
+    with atomic_file(text) as file:
+        file.write("\n\n".join(held_out_texts()).encode())
+    data = {
+        "tokenize_fn": "transformers",
+        "tokenizer_dir": str(model.resolve()),
+        "dataset": text.name,
+        "eval_stride": LENGTH,
+        "eval_len": LENGTH,
+        "max_rows": ROWS,
+    }
+    entry = {"load_fn": "exl3", "fwd_fn": "exl3"}
+    original = {"label": model.resolve().name, "group": "original", "out_logits": "logits"}
+    models = [{**entry, **original, "model_dir": str(model.resolve())}]
+    for bits, quant in quants.items():
+        models.append({**entry, "label": _label(bits), "model_dir": str(quant.resolve())})
+    (out / "logits").mkdir(exist_ok=True)
+    paths = (out / "data.json", out / "models.json")
+    for path, content in zip(paths, (data, models), strict=True):
+        write_json(path, content)
+    return paths
+
+
+def _label(bits: int) -> str:
+    return f"EXL3 {bits}.0 bpw"
+
+
+def _convert(model: Path, quant: Path, work: Path, bits: int) -> float | None:
+    """Runs `exl3 convert` as a user would. Returns its seconds, None if it was done before."""
+    fresh = not quant.exists()
     flags = ["-i", model, "-o", quant, "-w", work, "-b", bits, "-cr", 64, "-cc", 512, "-d", "cpu"]
     command = ["-m", "exl3", "convert", *map(str, flags)]
     print("$ python " + shlex.join(command), flush=True)
@@ -57,27 +90,25 @@ def _convert(model: Path, quant: Path, work: Path, bits: int) -> float:
     began = time.monotonic()
     if subprocess.run([sys.executable, *command], env=os.environ | {"PYTHONPATH": path}).returncode:
         raise JobError(f"the conversion at {bits} bits failed; its message stands above")
-    return time.monotonic() - began
+    return time.monotonic() - began if fresh else None
 
 
-def _show(
-    out: Path, model: Path, quants: dict[int, Path], scores: list[Scores], seconds: dict[int, float]
-) -> None:
-    """Prints the table and draws the chart."""
-    header = ("model", "bpw", "MiB", "perplexity", "KLD", "top-1", "seconds")
-    table = [(model.resolve().name, "16", _mib(model), f"{scores[0].perplexity:.3f}", "", "", "")]
-    points = []
-    for (bits, quant), score in zip(quants.items(), scores[1:], strict=True):
-        bpw = json.loads((quant / "config.json").read_text())["quantization_config"]["bits"]
-        points.append(Point(f"{bpw:.2f}", bpw, score.kld, score.perplexity))
-        numbers = (f"{score.perplexity:.3f}", f"{score.kld:.5f}", f"{score.top1:.1%}")
-        table.append((quant.name, f"{bpw:.2f}", _mib(quant), *numbers, f"{seconds[bits]:.0f}"))
-    chart = out / "chart.png"
-    draw_quants(chart, f"EXL3 quants of {model.resolve().name}", points, scores[0].perplexity)
-    print()
-    print(text_table(header, table))
-    print(f"\nKLD: mean KL divergence from the original, in nats a token. Chart: {chart}")
-
-
-def _mib(folder: Path) -> str:
-    return f"{sum(f.stat().st_size for f in folder.glob('*.safetensors')) / 2**20:.2f}"
+def _show(results: list[Result], seconds: dict[str, float | None]) -> None:
+    """Prints the table, with the seconds that conversions took in this run."""
+    header = ("model", "bpw", "head", "MiB", "perplexity", "KLD", "top-1", "seconds")
+    table = []
+    for r in results:
+        took = seconds.get(r.label)
+        table.append(
+            (
+                r.label,
+                f"{r.storage.layer_bpw:.2f}",
+                f"{r.storage.head_bpw:.2f}",
+                f"{r.storage.directory_bytes / 2**20:.2f}",
+                f"{r.ppl:.3f} ± {r.ppl_error:.3f}",
+                f"{r.divergence.mean:.5f} ± {r.divergence.ci95:.5f}",
+                f"{r.divergence.agreement[0]:.1%}",
+                f"{took:.0f}" if took else "",
+            )
+        )
+    print(f"\n{text_table(header, table)}\n")

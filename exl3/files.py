@@ -49,3 +49,19 @@ def copy_file(source: Path, target: Path) -> None:
     """Copies a file's content, atomically."""
     with open(source, "rb") as reader, atomic_file(target) as writer:
         shutil.copyfileobj(reader, writer, 1 << 20)
+
+
+def take_lock(file: IO) -> bool:
+    """Takes the lock of an open file, which the system gives back when the process ends."""
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

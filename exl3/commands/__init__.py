@@ -14,6 +14,12 @@ from exl3 import __version__, cli
 COMMANDS = {
     "convert": ("exl3.commands.convert", "convert a Hugging Face model to an EXL3 quant"),
     "verify": ("exl3.commands.verify", "check that a folder is a sound EXL3 model"),
+    "compare": ("exl3.commands.compare_q", "compare quants: perplexity, KL divergence, a chart"),
+    "compare-logits": (
+        "exl3.commands.compare_q_logits",
+        "write a model's logits, the reference of a comparison",
+    ),
+    "ppl": ("exl3.commands.ppl", "perplexity of one model, for a quick look"),
     "demo": ("exl3.commands.demo", "convert a small model at 4, 3 and 2 bits and compare"),
     "make-demo-model": ("exl3.commands.make_demo_model", "train a small language model to try"),
 }

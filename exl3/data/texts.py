@@ -124,7 +124,7 @@ def read_dataset(name: str, split: str, column: str | None) -> list[str]:
     if found not in strings:
         raise UserError(
             f"{name}: {found or 'a column of texts'} is not there; its columns of strings are "
-            f"{', '.join(strings) or 'none'}; choose one with --cal_column."
+            f"{', '.join(strings) or 'none'}; choose one of them."
         )
     texts = [text.encode("utf-8", "replace").decode() for text in data[found] if text.strip()]
     if not texts:

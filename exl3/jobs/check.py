@@ -5,13 +5,14 @@ from pathlib import Path
 
 import torch
 
-from exl3.data.builtin import builtin_texts
 from exl3.data.rows import evaluation_rows
+from exl3.data.tokenizer import load_tokenizer
 from exl3.evaluate.compare import compare
 from exl3.evaluate.metrics import Scores
 from exl3.files import write_json
+from exl3.jobs.perplexity import held_out_texts
 from exl3.jobs.settings import Settings
-from exl3.jobs.source import Source, load_tokenizer
+from exl3.jobs.source import Source
 from exl3.model.rope import Rope
 
 LENGTH = 512  # tokens of a row
@@ -55,7 +56,7 @@ def check_quant(settings: Settings, source: Source) -> None:
 def held_out_rows(settings: Settings, source: Source) -> torch.Tensor:
     """Rows of built-in text that is never part of calibration rows."""
     tokenizer = load_tokenizer(Path(settings.in_dir), settings.trust_remote_code)
-    text = "\n\n".join(text for _, text in builtin_texts("prose", held_out=True))
+    text = "\n\n".join(held_out_texts())
     length = min(LENGTH, source.rows.shape[1])
     return evaluation_rows(tokenizer, text, length, settings.check_rows)
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from exl3 import ops
 from exl3.data.rows import TextSource, calibration_rows, rows_hash
+from exl3.data.tokenizer import load_tokenizer
 from exl3.errors import UserError
 from exl3.jobs.settings import DEFINING, Settings
 from exl3.jobs.workdir import WorkDir
@@ -80,14 +80,3 @@ def _make_rows(settings: Settings, model: StreamedModel) -> torch.Tensor:
         settings.seed,
         model.config.get_text_config(decoder=True).vocab_size,
     )
-
-
-def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder; no network, and its own code only where it is trusted."""
-    try:
-        return AutoTokenizer.from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=trust_remote_code
-        )
-    except Exception as error:  # the files are a stranger's: anything may come
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(f"the tokenizer of {folder} cannot be loaded: {reason}") from error

@@ -9,16 +9,14 @@ states.safetensors     the hidden states that enter a block, and which block
 
 import contextlib
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from exl3.errors import UserError
-from exl3.files import write_json
+from exl3.files import take_lock, write_json
 from exl3.tensor_files import LazyTensor, write_safetensors
 
 
@@ -36,7 +34,7 @@ class WorkDir:
         """Keeps a second process out while this one works here."""
         self.layers.mkdir(parents=True, exist_ok=True)
         with open(self.path / "lock", "w") as file:
-            if not _lock(file):
+            if not take_lock(file):
                 raise UserError(f"another process is working in {self.path}; wait for it to end")
             yield
 
@@ -117,19 +115,3 @@ def _read(
             return content, file.metadata() or {}
     except SafetensorError as error:
         raise UserError(f"{path} is damaged ({error}); delete it and resume the job") from None
-
-
-def _lock(file: IO[str]) -> bool:
-    """Takes the lock of an open file, which the system gives back when the process ends."""
-    try:
-        if os.name == "nt":
-            import msvcrt
-
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
