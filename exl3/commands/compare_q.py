@@ -64,7 +64,11 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> None:
 
 
 def _refuse_unwritable(args: object) -> None:
-    """Before hours of work: the folders of what will be written are there."""
+    """Before hours of work: what will be written has a name that fits, in a folder that is there."""
+    from exl3.evaluate.plot import check_path
+
+    if args.out is not None:
+        check_path(args.out)
     for path in (args.out, args.csv, args.json, args.markdown):
         if path is not None and not path.absolute().parent.is_dir():
             raise UserError(f"{path}: the folder {path.absolute().parent} does not exist")

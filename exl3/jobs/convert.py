@@ -63,8 +63,8 @@ def convert(request: Request) -> None:
             states = convert_blocks(job)
             convert_head(job, states)
             progress.doing("writing the model")
-            size = output.write(settings, work, source, plan)
-        print(f"Wrote {settings.out_dir}: {size / 2**20:,.1f} MiB")
+            written = output.write(settings, work, source, plan)
+        print(f"Wrote {settings.out_dir}: {written}")
         check_quant(settings, source)
 
 

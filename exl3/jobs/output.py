@@ -17,7 +17,7 @@ from exl3.format.directory import (
 )
 from exl3.format.manifest import file_bytes, write_manifest
 from exl3.format.verify import shortened, verify
-from exl3.jobs.plan import Plan
+from exl3.jobs.plan import UNQUANTIZED, Plan
 from exl3.jobs.settings import Settings
 from exl3.jobs.source import Source
 from exl3.jobs.stored import stored_modules
@@ -67,8 +67,8 @@ def _job_of(folder: Path) -> str | None:
     return producer.get("job") if isinstance(producer, dict) else None
 
 
-def write(settings: Settings, work: WorkDir, source: Source, plan: Plan) -> int:
-    """Writes the model folder from the source and the finished layers. Returns its bytes."""
+def write(settings: Settings, work: WorkDir, source: Source, plan: Plan) -> str:
+    """Writes the model folder from the source and the finished layers. Returns what it holds."""
     target, origin = Path(settings.out_dir), Path(settings.in_dir)
     folder = target.with_name(target.name + ".exl3-partial")
     if folder.exists():
@@ -85,7 +85,12 @@ def write(settings: Settings, work: WorkDir, source: Source, plan: Plan) -> int:
         target.rmdir()  # empty: `refuse_strangers` has looked
     folder.rename(target)
     sync_folder(target.parent)
-    return sum(module.nbytes for module in stored)
+    size = sum(module.nbytes for module in stored) / 2**20
+    head = "unquantized" if settings.head_bits == UNQUANTIZED else f"{settings.head_bits} bits"
+    return (
+        f"{size:,.1f} MiB; {plan.average:.3f} bits per weight, "
+        f"{stored_bits(plan, stored):.3f} with scales; head {head}"
+    )
 
 
 def _refuse_unsound(folder: Path, target: Path) -> None:
