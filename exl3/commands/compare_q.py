@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> None:
 
 
 def _refuse_unwritable(args: object) -> None:
-    """Before hours of work: what will be written has a name that fits, in a folder that is there."""
+    """Before hours of work: what is to be written has a fitting name, in a folder that is there."""
     from exl3.evaluate.plot import check_path
 
     if args.out is not None:
