@@ -2,37 +2,38 @@
 
 The stock `forward` drives every run, so masks, rotary embeddings and layer kinds are the model's
 own: blocks before the wanted one give back the saved state, the wanted one runs and stops the
-model there. This is the only module that uses transformers' internals.
+model there. This module and `skeleton.py` alone use transformers' internals.
 """
 
 import copy
 import threading
 from collections.abc import MutableMapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers import initialization as init
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    convert_and_load_state_dict_in_model,
-    rename_source_key,
-)
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from exl3.errors import UserError
-from exl3.model.checkpoint import Checkpoint, TensorSource, read_json
+from exl3.model.checkpoint import Checkpoint, TensorSource
 from exl3.model.fused import SplitCheckpoint, split_linears
 from exl3.model.rope import Rope
+from exl3.model.skeleton import (
+    check_block_count,
+    find_blocks,
+    find_head,
+    find_targets,
+    make_buffers,
+    make_skeleton,
+    read_config,
+    refuse_unsupported,
+    stored_dtype,
+)
 from exl3.progress import no_transformers_bar
 
 EMBEDDING = "the embedding"
@@ -66,20 +67,20 @@ class StreamedModel:
         self.path = Path(path)
         self.device = torch.device(device)
         decoded = checkpoint is not None
-        self.config = _read_config(self.path, attn_implementation, trust_remote_code, decoded)
+        self.config = read_config(self.path, attn_implementation, trust_remote_code, decoded)
         text = self.config.get_text_config(decoder=True)
         self.rope_parameters = (rope or Rope()).parameters(text)  # None: the config's own
         if self.rope_parameters:
             text.rope_parameters = self.rope_parameters
         self.checkpoint: TensorSource = checkpoint if decoded else Checkpoint(self.path)
-        self.dtype = dtype or _stored_dtype(self.config, self.checkpoint)
-        _check_block_count(self.config, self.checkpoint)
-        self._model = _skeleton(self.config, self.dtype, trust_remote_code)
-        _make_buffers(self._model, self.device)
-        self._prefix, self._blocks = _find_blocks(self._model, self.path)
-        _refuse(self._model, self._blocks, self.path)
+        self.dtype = dtype or stored_dtype(self.config, self.checkpoint)
+        check_block_count(self.config, self.checkpoint)
+        self._model = make_skeleton(self.config, self.dtype, trust_remote_code)
+        make_buffers(self._model, self.device)
+        self._prefix, self._blocks = find_blocks(self._model, self.path)
+        refuse_unsupported(self._model, self._blocks, self.path)
         self._split_fused()
-        self._head_name, self._head = _find_head(self._model, self.path)
+        self._head_name, self._head = find_head(self._model, self.path)
         self._sort_tensors()
         self._loaded: set[Part] = set()
         self._local = _Local()
@@ -108,7 +109,7 @@ class StreamedModel:
         self._mapping = get_model_conversion_mapping(model)
         shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
         self._keys: dict[str, str] = {}  # tensors stored 1:1: the model's name → the key
-        targets, self.dropped_keys = _targets(model, self._mapping, source)
+        targets, self.dropped_keys = find_targets(model, self._mapping, source)
         for key, (name, converted) in targets.items():
             if converted:
                 continue
@@ -392,204 +393,3 @@ class _Lazy:
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         return self.source.tensor(self.key)[index]
-
-
-# -- From config.json to a skeleton --------------------------------------------------------------
-
-
-def _read_config(
-    path: Path, attn_implementation: str | None, trust_remote_code: bool, decoded: bool
-) -> PreTrainedConfig:
-    """The folder's config, without network and without running code that is not trusted."""
-    raw = read_json(path / "config.json")
-    _check_code(path, raw, trust_remote_code)
-    try:
-        config = AutoConfig.from_pretrained(
-            str(path), trust_remote_code=trust_remote_code, local_files_only=True
-        )
-    except Exception as error:  # the values are a stranger's: anything may come
-        raise UserError(f"{path}/config.json is not valid: {_first_line(error)}") from error
-    if attn_implementation is not None:
-        config._attn_implementation = attn_implementation
-    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
-        implementation = getattr(part, "_attn_implementation", None)
-        if isinstance(implementation, str) and "/" in implementation:
-            raise UserError(
-                f"The attention implementation {implementation} would be downloaded; use eager "
-                "or sdpa (in config.json: remove attn_implementation)."
-            )
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is not None:
-        if not (decoded and _quant_method(quantization) == "exl3"):
-            raise UserError(
-                f"{path} is already quantized ({_quant_method(quantization)}); give the folder of "
-                "the original model."
-            )
-        del config.quantization_config  # the checkpoint decodes its tensors
-    return config
-
-
-def _quant_method(quantization: Any) -> str:
-    if isinstance(quantization, dict):
-        return str(quantization.get("quant_method"))
-    return str(getattr(quantization, "quant_method", None))
-
-
-def _check_code(path: Path, raw: dict[str, Any], trust_remote_code: bool) -> None:
-    """A type that transformers knows, or code of the model's own that may run."""
-    kind = raw.get("model_type")
-    auto_map = raw.get("auto_map")
-    if trust_remote_code and isinstance(auto_map, dict):
-        if "--" in str(auto_map):
-            raise UserError(
-                f"{path}/config.json takes its code from another repository; copy that code into "
-                "the folder and name it there."
-            )
-        return
-    if isinstance(kind, str) and kind in CONFIG_MAPPING:
-        return
-    if auto_map:
-        raise UserError(
-            f"{path} brings its own code, which would have to run; if you have read it and trust "
-            "it, pass --trust_remote_code."
-        )
-    raise UserError(
-        f"{path}/config.json has the model type {kind!r}, which transformers "
-        f"{transformers.__version__} does not know; a newer transformers may."
-    )
-
-
-def _stored_dtype(config: PreTrainedConfig, source: TensorSource) -> torch.dtype:
-    """The dtype of config.json, else of the checkpoint's first floating-point tensor."""
-    text = config.get_text_config(decoder=True)
-    for dtype in (config.dtype, text.dtype, *(source.dtype(key) for key in source.keys())):  # noqa: SIM118
-        if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
-            return dtype
-    return torch.float32
-
-
-def _check_block_count(config: PreTrainedConfig, source: TensorSource) -> None:
-    """Before a skeleton is built: config.json asks for no more blocks than there are tensors."""
-    count = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
-    if type(count) is not int or not 1 <= count <= len(list(source.keys())):
-        raise UserError(
-            f"config.json asks for {count} blocks (num_hidden_layers), which the checkpoint does "
-            "not have; check that the files belong together."
-        )
-
-
-def _skeleton(
-    config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool
-) -> PreTrainedModel:
-    """The model without any memory for its weights."""
-    try:
-        with ExitStack() as stack:
-            stack.enter_context(torch.device("meta"))
-            stack.enter_context(init.meta_device_safe_creation_ops())
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, trust_remote_code=trust_remote_code
-            )
-    except Exception as error:  # the values are a stranger's: anything may come
-        raise UserError(
-            f"No causal language model of the type {config.model_type} can be made from "
-            f"config.json: {_first_line(error)}"
-        ) from error
-    return model.eval().requires_grad_(False)
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
-
-
-def _make_buffers(model: PreTrainedModel, device: torch.device) -> None:
-    """Makes the buffers no checkpoint has (rotary frequencies, scales) as `from_pretrained` does:
-    by `_init_weights` for their modules and the modules around them, from the inside out."""
-    around = set()
-    for name in [name for name, _ in model.named_non_persistent_buffers()]:
-        parent, _, leaf = name.rpartition(".")
-        module = model.get_submodule(parent)
-        empty = torch.empty_like(getattr(module, leaf), device=device)
-        module.register_buffer(leaf, empty, persistent=False)
-        steps = parent.split(".")
-        around |= {"", *(".".join(steps[:n]) for n in range(1, len(steps) + 1))}
-    for name in sorted(around, key=len, reverse=True):
-        with torch.no_grad():  # weights are on meta still, where initialization does nothing
-            _nearest_model(model, name)._init_weights(model.get_submodule(name))
-
-
-def _nearest_model(model: PreTrainedModel, name: str) -> PreTrainedModel:
-    """The innermost PreTrainedModel at or above the module of that name."""
-    nearest = module = model
-    for step in name.split(".") if name else []:
-        module = module.get_submodule(step)
-        nearest = module if isinstance(module, PreTrainedModel) else nearest
-    return nearest
-
-
-def _refuse(model: PreTrainedModel, blocks: nn.ModuleList, path: Path) -> None:
-    """UserError for models that would run here, but whose quants would be of no use."""
-    if model._is_stateful:
-        raise UserError(
-            f"{path} is a recurrent model ({model.config.model_type}: Mamba, RWKV, linear "
-            "attention and the like), which is not supported yet; use a model with attention only."
-        )
-    if any(name.rpartition(".")[2] == "experts" for name, _ in blocks.named_modules()):
-        raise UserError(
-            f"{path} is a mixture-of-experts model, which is not supported yet; use a dense model."
-        )
-    for name, module in blocks.named_modules():
-        for leaf, weight in module.named_parameters(recurse=False):
-            if weight.dim() > 2 and not isinstance(module, nn.modules.conv._ConvNd):
-                raise UserError(
-                    f"{path} keeps several matrices in one tensor ({name}.{leaf}), as "
-                    "mixture-of-experts models do, which is not supported yet; use a dense model."
-                )
-    if not any(isinstance(module, nn.Linear) for module in blocks.modules()):
-        raise UserError(
-            f"{path} has no linear layers in its blocks that could be quantized; models of the "
-            f"type {model.config.model_type} are not supported."
-        )
-
-
-def _find_blocks(model: PreTrainedModel, path: Path) -> tuple[str, nn.ModuleList]:
-    """Module path and list of the decoder's blocks."""
-    count = model.config.get_text_config(decoder=True).num_hidden_layers
-    decoder = set(model.get_decoder().modules())
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and module in decoder and len(module) == count:
-            return name, module
-    raise UserError(
-        f"{path} has no list of {count} decoder blocks; models of the type "
-        f"{model.config.model_type} are not supported."
-    )
-
-
-def _find_head(model: PreTrainedModel, path: Path) -> tuple[str, nn.Linear]:
-    head = model.get_output_embeddings()
-    for name, module in model.named_modules():
-        if module is head and isinstance(head, nn.Linear):
-            return name, head
-    raise UserError(
-        f"{path} has no linear head; models of the type {model.config.model_type} are not "
-        "supported."
-    )
-
-
-def _targets(
-    model: PreTrainedModel, mapping: list[Any], source: TensorSource
-) -> tuple[dict[str, tuple[str, bool]], list[str]]:
-    """Where the checkpoint's keys go: key → (the model's name, converted on the way?), and the
-    keys the model has no place for. A converted key has the first of its converter's names."""
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    state, base = model.state_dict(), model.base_model_prefix
-    targets, dropped = {}, []
-    for key in source.keys():  # noqa: SIM118
-        name, pattern = rename_source_key(key, renamings, converters, base, state)
-        if name not in state and key in state:  # as the loader does: perhaps not to be renamed
-            name, pattern = rename_source_key(key, [], [], base, state)
-        if name in state:
-            targets[key] = (name, pattern is not None)
-        else:
-            dropped.append(key)
-    return targets, dropped
