@@ -288,8 +288,14 @@ finally:
 
 
 def test_scripts_are_the_same_commands():
-    scripts = {"convert": "convert.py"} | {
-        name: f"util/{name.replace('-', '_')}.py" for name in COMMANDS if name != "convert"
+    scripts = {
+        "convert": "convert.py",
+        "compare": "eval/compare_q.py",
+        "compare-logits": "eval/compare_q_logits.py",
+        "ppl": "eval/ppl.py",
+    }
+    scripts |= {
+        name: f"util/{name.replace('-', '_')}.py" for name in COMMANDS if name not in scripts
     }
     for script in scripts.values():
         command = [sys.executable, str(REPOSITORY / script), "--help"]
