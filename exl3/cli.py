@@ -26,6 +26,9 @@ class Parser(argparse.ArgumentParser):
 
 def run(command: Callable[[], None]) -> None:
     """Runs a command; what went wrong is one plain sentence on stderr, never a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal that knows no ± or ü shows an escape
+            stream.reconfigure(errors="backslashreplace")
     try:
         command()
     except UserError as error:

@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from exl3.errors import JobError
+from exl3.errors import JobError, UserError
 from exl3.evaluate.plot import draw_chart
 from exl3.evaluate.result import Result
 from exl3.evaluate.table import text_table
@@ -25,6 +25,7 @@ def demo(model: Path | None, out: Path) -> None:
 
     Everything is written below `out`; what is there already is not done again.
     """
+    _refuse_other_folders(out)
     if model is None:
         from exl3.demo_model import make_demo_model
 
@@ -48,6 +49,15 @@ def demo(model: Path | None, out: Path) -> None:
     draw_chart(chart, results, title=title, ppl=True, kld=True)
     _show(results, {_label(bits): took for bits, took in seconds.items()})
     print(f"KLD: mean KL divergence from the original, in nats a token. Chart: {chart}")
+
+
+def _refuse_other_folders(out: Path) -> None:
+    """UserError if the folder holds what no demo of ours has made."""
+    mark = out / ".exl3-demo"
+    if not mark.exists() and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"-o {out} is there already; give a new or an empty folder")
+    out.mkdir(parents=True, exist_ok=True)
+    mark.touch()
 
 
 def _write_specs(out: Path, model: Path, quants: dict[int, Path]) -> tuple[Path, Path]:

@@ -1,6 +1,7 @@
 """Files that are there whole or not at all: written under a temporary name, synced, renamed."""
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -42,7 +43,7 @@ def sync_folder(path: Path) -> None:
 def write_json(path: Path, content: object) -> None:
     """Writes indented JSON, atomically."""
     with atomic_file(path) as file:
-        file.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+        file.write((json.dumps(content, indent=2) + "\n").encode())
 
 
 def copy_file(source: Path, target: Path) -> None:
@@ -62,6 +63,8 @@ def take_lock(file: IO) -> bool:
             import fcntl
 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+            return False
+        # A file system without locks: better to work there unprotected than not at all.
     return True

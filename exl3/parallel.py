@@ -13,11 +13,21 @@ from typing import TypeVar
 
 import torch
 
+from exl3.errors import UserError
+
 T = TypeVar("T")
 R = TypeVar("R")
 
+
 # Read before any `one_thread_per_op`: respects OMP_NUM_THREADS and the process's CPU affinity.
-_THREADS = int(os.environ.get("EXL3_THREADS", 0)) or torch.get_num_threads()
+def _wanted_threads() -> int:
+    text = os.environ.get("EXL3_THREADS", "")
+    if text and not (text.isdigit() and 1 <= int(text) <= 1024):
+        raise UserError(f"EXL3_THREADS={text}: give a number of threads, 1 to 1024")
+    return int(text or torch.get_num_threads())
+
+
+_THREADS = _wanted_threads()
 
 PANEL = 256  # columns of one piece of a product; part of the result's definition
 

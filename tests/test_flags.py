@@ -9,7 +9,13 @@ import pytest
 
 from exl3.errors import UserError
 from exl3.jobs.flags import IGNORED, convert_parser
-from exl3.jobs.settings import Settings, load_settings, read_request
+from exl3.jobs.settings import (
+    Settings,
+    forget_job,
+    load_settings,
+    read_request,
+    save_settings,
+)
 
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "convert.md"
 
@@ -104,12 +110,32 @@ def test_no_resume_forgets_the_job_and_nothing_else(base, tmp_path):
     (work / "mine.txt").write_text("mine")
     with pytest.raises(UserError, match="different job"):
         understood(*base[:-1], "4")
+    with pytest.raises(UserError, match="missing"):  # a typo costs nothing
+        understood("-w", work, "-nr")
     request = understood(*base[:-1], "4", "-nr")
     assert request.settings.bits == 4
+    assert request.fresh
     assert not request.resumed
+    assert (work / "layers" / "a.safetensors").exists()  # until the job has the folder's lock
+    forget_job(work)
+    save_settings(request.settings)
     assert sorted(p.name for p in work.rglob("*") if p.is_file()) == ["job.json", "mine.txt"]
     with pytest.raises(UserError, match="contradict"):
         understood("-w", work, "-r", "-nr")
+
+
+def test_a_folder_without_a_job_is_not_emptied(tmp_path):
+    (tmp_path / "layers").mkdir()
+    (tmp_path / "layers" / "mine.safetensors").write_text("mine")
+    forget_job(tmp_path)
+    assert (tmp_path / "layers" / "mine.safetensors").exists()
+
+
+def test_folders_inside_each_other_are_refused(model, tmp_path):
+    for out, work in (("a", "a/work"), ("w/layers", "w"), ("q", "q.exl3-partial")):
+        with pytest.raises(UserError, match=r"lies inside|is put together in"):
+            understood("-i", model, "-o", tmp_path / out, "-w", tmp_path / work, "-b", "3")
+    assert sorted(tmp_path.iterdir()) == [model]
 
 
 def test_harmless_changes_are_said(base, tmp_path):
@@ -158,9 +184,12 @@ def test_what_argparse_refuses_ends_with_exit_code_2(base, arguments, capsys):
 
 def test_a_damaged_job_file_is_told(base, tmp_path):
     understood(*base)
-    (tmp_path / "work" / "job.json").write_text("{")
-    with pytest.raises(UserError, match="is damaged"):
-        understood("-w", tmp_path / "work", "-r")
+    path = tmp_path / "work" / "job.json"
+    whole = json.loads(path.read_text())
+    for content in ("{", "[]", {**whole, "bits": "four"}, {**whole, "in_dir": 5}):
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+        with pytest.raises(UserError, match="is damaged"):
+            understood("-w", tmp_path / "work", "-r")
 
 
 def test_dry_run_needs_model_and_bits_only_and_leaves_nothing(model, tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ from exl3.errors import UserError
 from exl3.evaluate.metrics import Scores
 from exl3.jobs import estimate as estimates
 from exl3.jobs.check import complaint
-from exl3.model.rope import Rope
+from exl3.model.rope import Rope, with_rope
 from exl3.model.streamed import StreamedModel
 
 CONVERT = Path(__file__).resolve().parents[1] / "convert.py"
@@ -211,6 +211,50 @@ def test_a_damaged_unquantized_tensor_is_told(tiny, tmp_path):
     tensors = load_file(path)
     tensors["model.embed_tokens.weight"][7, 3] = 1e9
     save_file(tensors, path, {"format": "pt"})
-    with pytest.raises(UserError, match=r"model\.embed_tokens\.weight holds values that"):
+    with pytest.raises(UserError, match=r"model\.embed_tokens\.weight has values up to 1e\+09"):
         run(*flags(tmp_path / "model", tmp_path / "out", tmp_path / "work"))
     assert not (tmp_path / "out").exists()
+    assert list((tmp_path / "work" / "layers").iterdir()) == []  # said before any work
+
+
+def test_another_scaling_keeps_its_other_numbers():
+    raw = {"rope_theta": 10000.0, "rope_scaling": {"rope_type": "llama3", "low_freq_factor": 1.0}}
+    changed = {"rope_theta": 20000.0, "rope_type": "llama3", "factor": 8.0}
+    assert with_rope(raw, changed) == {
+        "rope_theta": 20000.0,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+        },
+    }
+
+
+def test_another_folder_of_the_partial_name_stays(tiny, tmp_path):
+    mine = tmp_path / "out.exl3-partial"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds something else; move it away"):
+        run(*flags(tiny, tmp_path / "out", tmp_path / "work"))
+    assert (mine / "thesis.txt").read_text() == "mine"
+
+
+def test_rows_of_a_job_that_never_began_are_not_used(tiny, tmp_path):
+    job = flags(tiny, tmp_path / "out", tmp_path / "work", **{"-hb": 16})
+    run(*job)
+    work = tmp_path / "work"
+    (work / "identity.json").unlink()  # as if killed right after the rows were saved
+    run(*flags(tiny, tmp_path / "new", work, **{"-hb": 16, "-cr": 3}))
+    config = json.loads((tmp_path / "new" / "config.json").read_text())
+    assert config["quantization_config"]["calibration"]["rows"] == 3
+
+
+def test_tokens_that_the_model_lacks_are_told(tmp_path, capsys):
+    save_tiny("llama", tmp_path / "model", num_hidden_layers=1, **{**SIZES, "vocab_size": 258})
+    save_tokenizer(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("0123456789 " * 100)
+    job = flags(tmp_path / "model", tmp_path / "out", tmp_path / "work", "2")
+    run(*job, "-c", str(tmp_path / "text.txt"), "--check_rows", "2")
+    assert "The quant is not compared with the original" in capsys.readouterr().out
+    assert (tmp_path / "out").is_dir()

@@ -196,6 +196,19 @@ def test_one_scale_for_all_outputs():
     assert svh.abs().unique().numel() == 1
 
 
+def test_one_channel_far_above_the_others_does_not_overflow():
+    w = weights(128, 4096) * 1e-5
+    w[:, 7] = torch.randn(128, generator=generator(3))
+    result = exl3.quantize_linear(w, None, 4)
+    assert torch.isfinite(result.tensors["svh"]).all()
+    assert result.weight_error < 0.02
+
+
+def test_weights_beyond_all_scales_are_told():
+    with pytest.raises(UserError, match="beyond what scales in float16 can hold"):
+        exl3.quantize_linear(weights() * 1e15, None, 2)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_non_finite_weights_name_the_tensor(bad):
     w = weights()

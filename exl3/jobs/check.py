@@ -7,8 +7,10 @@ import torch
 
 from exl3.data.rows import evaluation_rows
 from exl3.data.tokenizer import load_tokenizer
+from exl3.errors import UserError
 from exl3.evaluate.compare import compare
 from exl3.evaluate.metrics import Scores
+from exl3.evaluate.rows import check_tokens
 from exl3.files import write_json
 from exl3.jobs.perplexity import held_out_texts
 from exl3.jobs.settings import Settings
@@ -27,7 +29,11 @@ def check_quant(settings: Settings, source: Source) -> None:
     done = Path(settings.work_dir) / "check.json"
     if not settings.check_rows or done.exists():
         return
-    rows = held_out_rows(settings, source)
+    try:
+        rows = held_out_rows(settings, source)
+    except UserError as error:  # the quant is there all the same
+        print(f"The quant is not compared with the original: {error}")
+        return
     original, quant = compare(
         settings.in_dir,
         [settings.out_dir],
@@ -58,7 +64,10 @@ def held_out_rows(settings: Settings, source: Source) -> torch.Tensor:
     tokenizer = load_tokenizer(Path(settings.in_dir), settings.trust_remote_code)
     text = "\n\n".join(held_out_texts())
     length = min(LENGTH, source.rows.shape[1])
-    return evaluation_rows(tokenizer, text, length, settings.check_rows)
+    rows = evaluation_rows(tokenizer, text, length, settings.check_rows)
+    vocab = source.model.config.get_text_config(decoder=True).vocab_size
+    check_tokens("the built-in text", rows, vocab, settings.in_dir)
+    return rows
 
 
 def complaint(original: Scores, quant: Scores) -> str | None:

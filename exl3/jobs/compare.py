@@ -25,6 +25,8 @@ from exl3.evaluate.logits_writer import Planned, logits_writer
 from exl3.evaluate.metrics import Row, row_metrics, summarize
 from exl3.evaluate.modelspec import ModelSpec, load_modelspecs
 from exl3.evaluate.result import Result, Storage
+from exl3.evaluate.rows import check_tokens
+from exl3.files import PARTIAL
 from exl3.progress import Progress
 from exl3.tensor_files import LazyTensor, write_safetensors
 
@@ -118,7 +120,8 @@ def _write_reference(
     engine: Engine, planned: Planned, rows: torch.Tensor, path: Path, label: str
 ) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    need = planned.rows * planned.row_bytes
+    partial = path.with_name(path.name + PARTIAL)
+    need = planned.rows * planned.row_bytes - (partial.stat().st_size if partial.exists() else 0)
     if need > (free := shutil.disk_usage(path.parent).free):
         raise UserError(
             f"out_logits {path.parent}: the reference logits need {need / GIB:,.1f} GiB, the disk "
@@ -138,6 +141,7 @@ def _measure(comparison: Comparison, spec: ModelSpec) -> Result:
         folder = comparison.known(engine)
         if comparison.request.clear_cache:
             shutil.rmtree(folder, ignore_errors=True)
+        check_tokens(comparison.request.dataspec, comparison.rows, engine.vocab, spec.label)
         known = {i: row for i in numbers if (row := _load(folder, i)) is not None}
         if missing := [i for i in numbers if i not in known]:
             known |= _run(comparison, spec, engine, folder, missing)

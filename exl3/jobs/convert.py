@@ -21,8 +21,9 @@ from exl3.jobs.blocks import (
 from exl3.jobs.check import check_quant
 from exl3.jobs.estimate import estimate, refuse_full_disks
 from exl3.jobs.plan import UNQUANTIZED, Plan, make_plan
-from exl3.jobs.settings import Request, Settings, save_settings
+from exl3.jobs.settings import Request, Settings, forget_job, save_settings
 from exl3.jobs.source import Source, open_model, open_source
+from exl3.jobs.stored import refuse_what_cannot_be_stored
 from exl3.jobs.workdir import WorkDir
 from exl3.progress import Progress
 from exl3.quant.hessian import Hessian
@@ -49,6 +50,9 @@ def convert(request: Request) -> None:
         for line in (*request.notes, *filter(None, [note])):
             print(line)
         output.refuse_strangers(settings)
+        if request.fresh:
+            forget_job(work.path)
+            save_settings(settings)
         source = open_source(settings, work, device)
         save_settings(settings)
         if output.is_complete(settings, source.job_id):
@@ -57,6 +61,8 @@ def convert(request: Request) -> None:
         plan = make_plan(settings, source.model)
         refuse_full_disks(settings, source.model, plan, len(source.rows))
         _introduce(settings, source, plan, request.resumed)
+        if not request.resumed:
+            refuse_what_cannot_be_stored(settings, source.model, plan)
         with Progress(_total_cost(source, plan), "Converting") as progress:
             job = Job(settings, work, source, plan, progress, time.monotonic())
             source.model.load_embedding()

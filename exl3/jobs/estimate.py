@@ -16,11 +16,12 @@ from exl3.format.directory import small_files
 from exl3.format.layer import padded
 from exl3.jobs.blocks import BATCH_TOKENS
 from exl3.jobs.plan import Plan
-from exl3.jobs.settings import Settings
+from exl3.jobs.settings import Settings, partial_folder
 from exl3.jobs.stored import stored_modules
 from exl3.model.streamed import StreamedModel
 
 GIB = 2**30
+JOB_FILES = ("layers/*", "calibration.safetensors", "states.safetensors")
 ENTRY = 400  # bytes of configs, index and headers for every tensor
 
 
@@ -79,12 +80,13 @@ def work_bytes(settings: Settings, model: StreamedModel, plan: Plan, rows: int) 
 def refuse_full_disks(settings: Settings, model: StreamedModel, plan: Plan, rows: int) -> None:
     """UserError if a disk has too little room for what the job will write to it."""
     needs: dict[int, list[tuple[Path, int]]] = {}
+    partial, work = partial_folder(settings.out_dir), Path(settings.work_dir)
     for folder, need in (
-        (settings.out_dir, output_bytes(settings, model, plan)),
-        (settings.work_dir, work_bytes(settings, model, plan, rows) - _present(settings.work_dir)),
+        (partial, output_bytes(settings, model, plan) - _present(partial, "*")),
+        (work, work_bytes(settings, model, plan, rows) - _present(work, *JOB_FILES)),
     ):
-        place = _existing(Path(folder))
-        needs.setdefault(place.stat().st_dev, []).append((place, need))
+        place = _existing(folder.parent)
+        needs.setdefault(place.stat().st_dev, []).append((place, max(0, need)))
     for together in needs.values():
         need = sum(n for _, n in together)
         free = shutil.disk_usage(together[0][0]).free
@@ -173,8 +175,10 @@ def _existing(path: Path) -> Path:
     return path
 
 
-def _present(folder: str) -> int:
-    return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
+def _present(folder: Path, *patterns: str) -> int:
+    """Bytes of files that are there already and will be used or replaced."""
+    files = (path for pattern in patterns for path in folder.glob(pattern) if path.is_file())
+    return sum(path.stat().st_size for path in files)
 
 
 def _nothing(key: str) -> dict[str, torch.Tensor]:

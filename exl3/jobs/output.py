@@ -1,5 +1,6 @@
 """The finished model's folder: it appears whole or not at all."""
 
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -18,25 +19,39 @@ from exl3.format.directory import (
 from exl3.format.manifest import file_bytes, write_manifest
 from exl3.format.verify import shortened, verify
 from exl3.jobs.plan import UNQUANTIZED, Plan
-from exl3.jobs.settings import Settings
+from exl3.jobs.settings import Settings, partial_folder
 from exl3.jobs.source import Source
 from exl3.jobs.stored import stored_modules
 from exl3.jobs.workdir import WorkDir
 from exl3.model.rope import with_rope
 from exl3.progress import Progress
 
+MARK = ".exl3-partial"  # in the folder of an output that is not complete yet
 NO_LIMIT = 1 << 62  # bytes of a shard
 
 
 def refuse_strangers(settings: Settings) -> None:
     """UserError if the output folder cannot be made, or holds what no job of ours wrote."""
-    folder = Path(settings.out_dir)
-    if not folder.exists():
-        return _refuse_unwritable(folder.parent)
-    if not folder.is_dir():
-        raise UserError(f"-o {folder} is a file; give a folder that does not exist yet")
-    if any(folder.iterdir()) and _job_of(folder) is None:
-        raise UserError(f"-o {folder} is not empty; give a new folder, or empty this one")
+    folder, partial = Path(settings.out_dir), partial_folder(settings.out_dir)
+    if folder.exists():
+        if not folder.is_dir():
+            raise UserError(f"-o {folder} is a file; give a folder that does not exist yet")
+        if os.path.ismount(folder):
+            raise UserError(f"-o {folder} is a mount point; give a folder inside it")
+        if any(folder.iterdir()):
+            if _job_of(folder) is None:
+                raise UserError(f"-o {folder} is not empty; give a new folder, or empty this one")
+            return
+    _refuse_unwritable(folder.parent)
+    if partial.exists() and not _is_ours(partial):
+        raise UserError(
+            f"{partial}, where the output would be put together, holds something else; move it away"
+        )
+
+
+def _is_ours(partial: Path) -> bool:
+    """Whether a folder is what a killed run of ours left; anything else must stay."""
+    return partial.is_dir() and ((partial / MARK).is_file() or not any(partial.iterdir()))
 
 
 def _refuse_unwritable(folder: Path) -> None:
@@ -70,10 +85,12 @@ def _job_of(folder: Path) -> str | None:
 def write(settings: Settings, work: WorkDir, source: Source, plan: Plan) -> str:
     """Writes the model folder from the source and the finished layers. Returns what it holds."""
     target, origin = Path(settings.out_dir), Path(settings.in_dir)
-    folder = target.with_name(target.name + ".exl3-partial")
+    folder = partial_folder(settings.out_dir)
     if folder.exists():
+        refuse_strangers(settings)
         shutil.rmtree(folder)  # of a run that was killed
     folder.mkdir(parents=True)
+    (folder / MARK).write_text(source.job_id)
     stored = list(stored_modules(settings, source.model, plan, work.load_layer))
     write_weights(folder, stored, (settings.shard_size << 20) or NO_LIMIT)
     config = with_rope(read_config(origin), source.model.rope_parameters)
@@ -81,6 +98,7 @@ def write(settings: Settings, work: WorkDir, source: Source, plan: Plan) -> str:
     copy_small_files(origin, folder)
     _refuse_unsound(folder, target)
     _write_sums(folder)
+    (folder / MARK).unlink()
     if target.exists():
         target.rmdir()  # empty: `refuse_strangers` has looked
     folder.rename(target)

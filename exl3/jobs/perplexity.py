@@ -7,6 +7,7 @@ from exl3.data.rows import evaluation_rows
 from exl3.data.texts import read_texts
 from exl3.data.tokenizer import load_tokenizer
 from exl3.evaluate.metrics import row_metrics, summarize
+from exl3.evaluate.rows import check_tokens
 from exl3.evaluate.stream import stream_logits, stream_work
 from exl3.model.quantized import open_model
 from exl3.progress import Progress
@@ -20,6 +21,8 @@ def print_perplexity(
     texts = read_texts(text) if text else held_out_texts()
     tokenizer = load_tokenizer(folder, trust_remote_code)
     ids = evaluation_rows(tokenizer, "\n\n".join(texts), length, rows)
+    vocab = model.config.get_text_config(decoder=True).vocab_size
+    check_tokens(text or "the built-in text", ids, vocab, folder)
     with Progress(stream_work(model, ids), "Perplexity") as progress:
         found = [
             row_metrics(logits, ids[i : i + 1])

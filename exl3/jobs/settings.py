@@ -102,6 +102,7 @@ class Request:
     settings: Settings
     resumed: bool = False  # a job in the work folder goes on
     dry_run: bool = False
+    fresh: bool = False  # what is in the work folder is to be forgotten
     notes: tuple[str, ...] = ()  # lines to tell the user
 
 
@@ -116,7 +117,7 @@ def read_request(args: argparse.Namespace) -> Request:
     given, notes = interpret(args)
     for name in FOLDERS:
         if name in given:
-            given[name] = str(Path(given[name]).expanduser().resolve())
+            given[name] = _absolute(flag(name), given[name])
     if "cal_file" in given:
         given["cal_file"] = _calibration_source(given["cal_file"])
     if args.dry_run:
@@ -124,11 +125,9 @@ def read_request(args: argparse.Namespace) -> Request:
     if "work_dir" not in given:
         raise UserError("where should the work go? Give -w DIR (a folder for the job's progress)")
     work = Path(given["work_dir"])
-    if args.no_resume:
-        if args.resume:
-            raise UserError("-r and -nr contradict each other; give one of them")
-        forget_job(work)
-    stored = load_settings(work)
+    if args.no_resume and args.resume:
+        raise UserError("-r and -nr contradict each other; give one of them")
+    stored = None if args.no_resume else load_settings(work)
     if stored and not args.resume and not has_progress(work):
         stored = None  # nothing is lost
     if stored is None:
@@ -138,9 +137,10 @@ def read_request(args: argparse.Namespace) -> Request:
         settings, changes = _merge(stored, asked)
         notes += changes
     check(settings)
-    if stored is None:  # at once, so that -r knows the job from its first moment on
-        save_settings(settings)
-    return Request(settings, stored is not None and has_progress(work), False, tuple(notes))
+    if stored is None and not args.no_resume:
+        save_settings(settings)  # at once, so that -r knows the job from its first moment on
+    resumed = stored is not None and has_progress(work)
+    return Request(settings, resumed, fresh=args.no_resume, notes=tuple(notes))
 
 
 def _new_job(given: dict, resume: bool) -> Settings:
@@ -161,11 +161,19 @@ def _dry_run(given: dict, notes: list[str]) -> Request:
     here = str(Path.cwd())
     settings = Settings(**{"out_dir": f"{here}/out", "work_dir": f"{here}/work"} | given)
     check(settings)
-    return Request(settings, False, True, tuple(notes))
+    return Request(settings, dry_run=True, notes=tuple(notes))
+
+
+def partial_folder(out_dir: str) -> Path:
+    """Where the output is put together before it gets its name."""
+    out = Path(out_dir)
+    return out.with_name(out.name + ".exl3-partial")
 
 
 def forget_job(work: Path) -> None:
-    """Removes what a job left in its work folder, and nothing else."""
+    """Removes what a job left in its work folder, and nothing else; nothing if there was none."""
+    if load_settings(work) is None and not has_progress(work):
+        return
     for name in ("job.json", "identity.json", "check.json"):
         (work / name).unlink(missing_ok=True)
     for pattern in ("calibration.safetensors", "states.safetensors", "layers/*.safetensors"):
@@ -184,9 +192,15 @@ def load_settings(work: Path) -> Settings | None:
     if not path.is_file():
         return None
     try:
-        return Settings(**json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}); start afresh with -nr") from None
+        settings = Settings(**json.loads(path.read_text()))
+        check_ranges(settings)
+        if not all(isinstance(getattr(settings, name), str) for name in FOLDERS):
+            raise TypeError("a folder that is no text")
+    except (ValueError, TypeError, UserError) as error:
+        raise UserError(
+            f"{path} is damaged ({error}); start afresh in another work folder"
+        ) from None
+    return settings
 
 
 def save_settings(settings: Settings) -> None:
@@ -221,18 +235,27 @@ def _merge(stored: Settings, asked: dict) -> tuple[Settings, list[str]]:
     return dataclasses.replace(stored, **changed), told
 
 
+def _absolute(name: str, text: str) -> str:
+    """A path without `~`, links and dots."""
+    try:
+        text.encode()
+        return str(Path(text).expanduser().resolve())
+    except (RuntimeError, OSError, ValueError) as error:
+        raise UserError(f"{name} {text!r} is no usable path: {error}") from None
+
+
 def _calibration_source(text: str) -> str:
     """An existing file or folder, made absolute, or the name of a dataset."""
-    path = Path(text).expanduser()
+    path = Path(_absolute("-c", text))
     if path.exists():
-        return str(path.resolve())
+        return str(path)
     if DATASET.fullmatch(text) and path.suffix.lower() not in TEXT_FILES:
         return text
     raise UserError(f"-c {text} is no file; give a .txt, .jsonl or .parquet file, or a dataset")
 
 
-def check(s: Settings) -> None:
-    """UserError for the first setting that is out of range or contradicts another."""
+def check_ranges(s: Settings) -> None:
+    """UserError for the first setting that is out of range."""
     for name, (low, high) in LIMITS.items():
         value = getattr(s, name)
         if value is not None and not low <= value <= high:  # also refuses NaN
@@ -241,8 +264,23 @@ def check(s: Settings) -> None:
         raise UserError(f"-hb {s.head_bits} is out of range: 1 to 8, or 16 (unquantized)")
     if s.devices != "cpu" and not all(d.strip().isdigit() for d in s.devices.split(",")):
         raise UserError(f"-d {s.devices}: give device numbers like 0 or 0,1, or cpu")
+
+
+def check(s: Settings) -> None:
+    """UserError for the first setting that is out of range or contradicts another."""
+    check_ranges(s)
     for a, b in (("in_dir", "out_dir"), ("in_dir", "work_dir"), ("out_dir", "work_dir")):
         if getattr(s, a) == getattr(s, b):
             raise UserError(f"{flag(a)} and {flag(b)} are the same folder; they must differ")
+    for inner, outer in (("work_dir", "out_dir"), ("out_dir", "work_dir"), ("in_dir", "out_dir")):
+        if Path(getattr(s, inner)).is_relative_to(getattr(s, outer)):
+            raise UserError(
+                f"{flag(inner)} {getattr(s, inner)} lies inside {flag(outer)} "
+                f"{getattr(s, outer)}; give folders apart from each other"
+            )
+    partial = partial_folder(s.out_dir)
+    for name in ("in_dir", "work_dir"):
+        if Path(getattr(s, name)).is_relative_to(partial):
+            raise UserError(f"{flag(name)}: the output is put together in {partial}; give another")
     if not Path(s.in_dir).is_dir():
         raise UserError(f"-i {s.in_dir} is no folder; give the folder of a Hugging Face model")

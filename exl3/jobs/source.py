@@ -11,7 +11,7 @@ from exl3 import ops
 from exl3.data.rows import TextSource, calibration_rows, rows_hash
 from exl3.data.tokenizer import load_tokenizer
 from exl3.errors import UserError
-from exl3.jobs.settings import DEFINING, Settings
+from exl3.jobs.settings import DEFINING, Settings, has_progress
 from exl3.jobs.workdir import WorkDir
 from exl3.model.rope import Rope
 from exl3.model.streamed import StreamedModel
@@ -50,7 +50,8 @@ def open_model(settings: Settings, device: torch.device) -> StreamedModel:
 def open_source(settings: Settings, work: WorkDir, device: torch.device) -> Source:
     """Opens the model and makes (or finds again) the rows. UserError for what is wrong."""
     model = open_model(settings, device)
-    rows = work.load_rows()
+    # Rows without an identity may be those of a job that was replaced at its very beginning.
+    rows = work.load_rows() if has_progress(work.path) else None
     if rows is None:
         rows = _make_rows(settings, model)
         work.save_rows(rows)

@@ -87,8 +87,29 @@ def _load(model: StreamedModel, key: str, dtype: torch.dtype) -> torch.Tensor:
     tensor = model.checkpoint.tensor(key)
     cast = tensor.to(dtype)
     if tensor.is_floating_point() and not torch.isfinite(cast).all():
+        where = f"{model.checkpoint.file(key)}: {key}"
+        if not torch.isfinite(tensor).all():
+            raise UserError(
+                f"{where} holds non-finite values: the source model is damaged; download it again"
+            )
         raise UserError(
-            f"{model.checkpoint.file(key)}: {key} holds values that {dtype} cannot; "
-            "the source model is damaged; download it again"
+            f"{where} has values up to {float(tensor.abs().max()):.3g}, which {dtype} cannot hold "
+            f"(at most {torch.finfo(dtype).max:.3g}); readers want this tensor in that type"
         )
     return cast
+
+
+def refuse_what_cannot_be_stored(settings: Settings, model: StreamedModel, plan: Plan) -> None:
+    """UserError for tensors that would fail at the end, after all the work: all that are stored as
+    they are, biases, and a head that is quantized last."""
+
+    def unused(key: str) -> dict[str, torch.Tensor]:
+        raise AssertionError(f"{key} is not there yet")
+
+    for module in stored_modules(settings, model, plan, unused):
+        for tensor in module.tensors:
+            if module.bits is None or tensor.key.endswith(".bias"):
+                tensor.load()
+    key = f"{model.head()[0]}.weight"
+    if model.head()[0] in plan.bits and not model.tied_head:
+        _load(model, key, torch.float32)

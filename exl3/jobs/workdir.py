@@ -43,7 +43,10 @@ class WorkDir:
         path = self.path / "identity.json"
         if not path.exists():
             return write_json(path, identity)
-        before = json.loads(path.read_text())
+        try:
+            before = dict(json.loads(path.read_text()))
+        except (ValueError, TypeError):
+            raise UserError(f"{path} is damaged; start afresh in another work folder") from None
         changed = [k for k in identity if before.get(k) != identity[k]]
         if changed:
             raise UserError(

@@ -52,6 +52,7 @@ def with_rope(raw: dict[str, Any], changed: dict[str, Any] | None) -> dict[str, 
         return raw
     text["rope_theta"] = changed["rope_theta"]
     if "factor" in changed:
-        kind = changed["rope_type"]
-        text["rope_scaling"] = {"type": kind, "rope_type": kind, "factor": changed["factor"]}
+        kind, before = changed["rope_type"], text.get("rope_scaling") or {}
+        names = {"type": kind, "rope_type": kind, "factor": changed["factor"]}
+        text["rope_scaling"] = {**before, **names}
     return raw

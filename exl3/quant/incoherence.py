@@ -12,6 +12,8 @@ from exl3.format.hadamard import hadamard_columns, hadamard_rows
 # Of the mean: channels with a smaller scale count as much as this in the transformed Hessian.
 LEAST_SCALE = 0.25
 
+LARGEST_SCALE = 2.0**15  # of an output channel: float16 ends at 65504
+
 PANEL = 2048  # rows or columns that are worked on at a time: a head takes gigabytes
 
 
@@ -48,7 +50,10 @@ def regularize(
     if not out_scales:
         out = (out > 0).float() * out.square().mean().sqrt()
     out = out / _mean_of_positive(out)
-    svh = (sign_out * out * _share(_rms(weight.flatten(), 0))).half()
+    share = _share(_rms(weight.flatten(), 0))
+    while float(out.max()) * share > LARGEST_SCALE:
+        share /= 2
+    svh = (sign_out * out * share).half()
     inverse = _inverse(svh.float())[None, :]
     half_way = torch.empty_like(weight)
     for rows_in, rows_out in zip(weight.split(PANEL), half_way.split(PANEL), strict=True):

@@ -23,6 +23,8 @@ OUT_SCALES = {"always": (True,), "never": (False,), "auto": (True, False)}
 # the scale without feedback is within 1% of the best (bench/ldlq_scale.py).
 WIDENED = (1, 2)
 
+USELESS = 0.9  # weight error that no layer should have; one bit gives about 0.3
+
 # Columns of the samples that scales are searched on, without and with feedback.
 MOST_COLUMNS = MOST_LDLQ_COLUMNS = 128
 
@@ -69,6 +71,11 @@ def quantize_linear(
             sample = regular.sample(sample_columns(regular.svh.shape[0], width))
             scale = refine_scale(sample, scale, *feedback, bits, codebook)
         suh = (regular.input_scales / scale).half()
+        if not (torch.isfinite(suh).all() and torch.isfinite(regular.svh).all()):
+            raise UserError(
+                f"{name} has weights up to {float(weight.abs().max()):.3g}, beyond what scales in "
+                "float16 can hold: the source model is damaged; download it again"
+            )
         inner = regular.inner(suh)
         if feedback is None:
             states = round_plain(inner, bits, codebook)
@@ -80,12 +87,15 @@ def quantize_linear(
         if (marker := CODEBOOKS[codebook].marker) is not None:
             tensors[codebook] = marker
         decoded = decode_layer(tensors)[: weight.shape[0], : weight.shape[1]].contiguous()
+        error = weight_error(weight, decoded)
+        if error > USELESS:
+            notes.append(f"{error:.0%} of the weights' energy is lost: they span too wide a range")
         return QuantizedLinear(
             tensors,
             decoded,
             bits,
             codebook,
-            weight_error=weight_error(weight, decoded),
+            weight_error=error,
             proxy_error=proxy_error(weight, decoded, hessian) if fed_back else None,
             notes=notes,
         )
