@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import os
 import sys
 from collections.abc import Callable
 
@@ -18,6 +19,8 @@ class Parser(argparse.ArgumentParser):
         unknown = message.removeprefix("unrecognized arguments: ")
         if unknown != message:
             known = [s for action in self._actions for s in action.option_strings]
+            if not unknown.startswith("-"):
+                _leave(f"there is no use for {unknown}; try --help", 2)
             near = difflib.get_close_matches(unknown.split()[0], known, 1)
             hint = f" (did you mean {near[0]}?)" if near else ""
             message = f"there is no flag {unknown}{hint}"
@@ -38,7 +41,9 @@ def run(command: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         _leave("interrupted; the same command goes on from here", 130)
     except BrokenPipeError:
-        sys.exit(1)
+        # Nothing more can be printed to it, not even by Python's own farewell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _leave("the output was closed; the same command goes on from here", 1)
     except OSError as error:
         _leave(f"{error.filename or 'a file'}: {error.strerror or error}", 1)
 

@@ -50,7 +50,7 @@ def test_a_typo_in_every_path(model, tmp_path, refused):
         ({"-o": tmp_path / "file" / "x"}, "cannot be written to"),
         ({"-w": tmp_path / "file" / "x"}, "cannot be written to"),
         ({"-o": model}, "-i and -o are the same folder"),
-        ({"-w": model}, "-i and -w are the same folder"),
+        ({"-w": model}, "holds something that is no job"),
         ({"-c": tmp_path / "missing.txt"}, "is no file"),
         ({"-c": tmp_path / "file"}, "cannot read this kind of file"),
     ):

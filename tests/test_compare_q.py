@@ -246,6 +246,7 @@ def change(specs, name, edit):
         ("models.json", lambda c: c[0].update(load_fn="qtip"), "qtip"),
         ("models.json", lambda c: c[0].update(load_fn="magic"), "magic"),
         ("models.json", lambda c: c[1].update(out_logits="x"), "only one model can be"),
+        ("models.json", lambda c: c[2].update(color="redd"), "model 3: color 'redd' is none"),
         ("models.json", lambda c: c.clear(), "must be a list of models"),
         ("data.json", lambda c: c.pop("eval_len"), r"data\.json.*eval_len"),
         ("data.json", lambda c: c.update(dataset="missing.txt"), r"data\.json.*dataset"),
@@ -257,6 +258,12 @@ def test_bad_spec_files(specs, name, edit, message):
     change(specs, name, edit)
     with pytest.raises(UserError, match=message):
         results(specs)
+
+
+def test_kld_without_a_reference_is_told_before_any_work(specs):
+    change(specs, "models.json", lambda c: c.pop())
+    with pytest.raises(UserError, match="-kld needs a reference"):
+        results(specs, "-kld")
 
 
 def test_bad_places(specs, tmp_path):

@@ -131,6 +131,32 @@ def test_a_folder_without_a_job_is_not_emptied(tmp_path):
     assert (tmp_path / "layers" / "mine.safetensors").exists()
 
 
+def test_a_work_folder_with_other_things_is_refused(model, base, tmp_path):
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"holds something that is no job \(config\.json\)"):
+        understood(*base)
+    assert [path.name for path in (tmp_path / "work").iterdir()] == ["config.json"]
+
+
+def test_ranges_come_before_other_jobs(base, tmp_path):
+    understood(*base)
+    (tmp_path / "work" / "identity.json").write_text("{}")
+    with pytest.raises(UserError, match="-hb 9 is out of range"):
+        understood(*base, "-hb", "9")
+    with pytest.raises(UserError, match=r"-b was 3\.0, now 4\.0\)"):
+        understood(*base[:-1], "4")
+
+
+def test_contradictions_are_refused(base):
+    with pytest.raises(UserError, match="contradict"):
+        understood(*base, "-mcg", "0xCBAC1FED", "-cb", "mul1")
+    with pytest.raises(UserError, match="contradict"):
+        understood(*base, "-mcg", "0xCBAC1FED", "-mul1", "0x83DCD12D")
+    with pytest.raises(SystemExit):
+        understood(*base, "--out_scales", "auto", "--no_out_scales")
+
+
 def test_folders_inside_each_other_are_refused(model, tmp_path):
     for out, work in (("a", "a/work"), ("w/layers", "w"), ("q", "q.exl3-partial")):
         with pytest.raises(UserError, match=r"lies inside|is put together in"):

@@ -58,6 +58,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> None:
         args.clear_cache,
         args.device,
         args.reference_rows,
+        args.kld,
         args.trust_remote_code,
     )
     _report(args, compare_models(request))

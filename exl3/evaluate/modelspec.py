@@ -98,6 +98,8 @@ def _spec(path: Path, number: int, entry: Any) -> ModelSpec:
     for key in ("load_fn", "label", "group", "color", "out_logits"):
         if entry.get(key) is not None and not isinstance(entry[key], str):
             raise UserError(f"{where}: {key} must be a text, not {entry[key]!r}")
+    if entry.get("color") and not _is_color(entry["color"]):
+        raise UserError(f"{where}: color {entry['color']!r} is none; write it as #2a7fff or blue")
     overrides = tuple((k, v) for k, v in entry.items() if k.startswith("override_"))
     for key, value in overrides:
         if type(value) not in (int, float):
@@ -129,6 +131,12 @@ def _resolved(spec: Path, place: str) -> str:
     """A path seen from the spec file, or else from the current folder."""
     beside = spec.parent / Path(place).expanduser()
     return str(beside if beside.exists() else Path(place).expanduser())
+
+
+def _is_color(text: str) -> bool:
+    from matplotlib.colors import is_color_like  # here: it takes a second
+
+    return is_color_like(text)
 
 
 def _group(label: str) -> str:

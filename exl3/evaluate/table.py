@@ -93,9 +93,12 @@ def _with_error(value: float, error: float, decimals: int) -> str:
 
 
 def _digits(results: Sequence[Result]) -> int:
-    """Decimals of divergences: two digits of the smallest mean, if they are to be had."""
+    """Decimals of divergences: two digits of the smallest mean, if they are to be had.
+
+    An original's own divergence is nothing but rounding, and wants no digits.
+    """
     means = [r.divergence.mean for r in results if r.divergence is not None]
-    smallest = min((mean for mean in means if 0 < mean < math.inf), default=1)
+    smallest = min((mean for mean in means if 1e-5 < mean < math.inf), default=1)
     return min(max(1 - math.floor(math.log10(smallest)), 4), 6)
 
 

@@ -45,6 +45,7 @@ class Request:
     clear_cache: bool = False
     device: str = "0"
     reference_rows: int = 10
+    need_reference: bool = False
     trust_remote_code: bool = False
 
 
@@ -72,7 +73,13 @@ def compare_models(request: Request) -> list[Result]:
     _, note = pick_device(request.device, "-dev")
     for line in (*dataspec.notes, *filter(None, [note])):
         print(line)
+    if request.need_reference and not (request.logits_file or specs[0].out_logits):
+        raise UserError(
+            "-kld needs a reference: give -lf LOGITS, or out_logits to a model of the specs"
+        )
     rows = dataspec.rows(request.trust_remote_code)
+    for spec in specs:  # what is wrong with the last is said before hours of the first
+        _open(request, spec, rows.shape[1]).close()
     reference = _reference(request, specs, rows)
     for line in reference.check(rows, reference.vocab) if reference else ():
         print(line)

@@ -97,10 +97,11 @@ def convert_parser() -> argparse.ArgumentParser:
             choices=choices,
             help=HELP[name] + shown,
         )
-    p.add_argument(
+    scales = p.add_mutually_exclusive_group()
+    scales.add_argument(
         "--out_scales", nargs="?", const="always", choices=OUT_SCALES, help=HELP["out_scales"]
     )
-    p.add_argument(
+    scales.add_argument(
         "--no_out_scales", dest="out_scales", action="store_const", const="never",
         help="the same as --out_scales never",
     )  # fmt: skip
@@ -135,6 +136,8 @@ def interpret(args: argparse.Namespace) -> tuple[dict[str, object], list[str]]:
     for name, multiplier in MULTIPLIERS.items():
         if value := given.pop(f"{name}_multiplier", None):
             _check_multiplier(name, value, multiplier)
+            if given.get("codebook", name) != name:
+                raise UserError(f"-{name} and codebook {given['codebook']} contradict each other")
             given["codebook"] = name
             notes.append(f"-{name} {value}: codebook {name}")
     if target := given.pop("compile_full", None):

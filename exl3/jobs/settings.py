@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from exl3.errors import UserError
-from exl3.files import write_json
+from exl3.files import PARTIAL, write_json
 
 CODEBOOKS = ("mul1", "mcg", "3inst")
 OUT_SCALES = ("always", "never", "auto")
@@ -57,6 +57,10 @@ HARMLESS = (
     "trust_remote_code",
 )
 DEFINING = tuple(f.name for f in dataclasses.fields(Settings) if f.name not in HARMLESS)
+JOB_NAMES = (
+    *("job.json", "identity.json", "check.json", "lock", "layers"),
+    *("calibration.safetensors", "states.safetensors"),
+)
 FOLDERS = ("in_dir", "out_dir", "work_dir")
 SHORT = {
     "in_dir": "-i",
@@ -125,6 +129,8 @@ def read_request(args: argparse.Namespace) -> Request:
     if "work_dir" not in given:
         raise UserError("where should the work go? Give -w DIR (a folder for the job's progress)")
     work = Path(given["work_dir"])
+    unknown = dict.fromkeys(FOLDERS, "") | {"bits": LIMITS["bits"][0]}
+    check_ranges(Settings(**unknown | given))  # before anything is compared with a stored job
     if args.no_resume and args.resume:
         raise UserError("-r and -nr contradict each other; give one of them")
     stored = None if args.no_resume else load_settings(work)
@@ -134,7 +140,7 @@ def read_request(args: argparse.Namespace) -> Request:
         settings = _new_job(given, args.resume)
     else:
         asked = given if args.resume else dataclasses.asdict(Settings(**_whole(given, stored)))
-        settings, changes = _merge(stored, asked)
+        settings, changes = _merge(stored, asked, given)
         notes += changes
     check(settings)
     if stored is None and not args.no_resume:
@@ -151,7 +157,25 @@ def _new_job(given: dict, resume: bool) -> Settings:
         )
     if missing := [flag(name) for name in ("in_dir", "out_dir", "bits") if name not in given]:
         raise UserError(f"missing: {', '.join(missing)}; try --help")
+    _refuse_other_folders(Path(given["work_dir"]))
     return Settings(**given)
+
+
+def _refuse_other_folders(work: Path) -> None:
+    """UserError if a work folder holds anything that no job of ours has put there."""
+    if not work.is_dir():
+        return
+    for path in work.iterdir():
+        if path.name not in JOB_NAMES and not path.name.endswith(PARTIAL) and not has_job(work):
+            raise UserError(
+                f"-w {work} holds something that is no job ({path.name}); give a new or an empty "
+                "folder"
+            )
+
+
+def has_job(work: Path) -> bool:
+    """Whether there is a job in a folder, however far it got."""
+    return (work / "job.json").exists() or has_progress(work)
 
 
 def _dry_run(given: dict, notes: list[str]) -> Request:
@@ -220,12 +244,17 @@ def _whole(given: dict, stored: Settings) -> dict:
     return {k: getattr(stored, k) for k in ("in_dir", "out_dir", "bits")} | given
 
 
-def _merge(stored: Settings, asked: dict) -> tuple[Settings, list[str]]:
+def _merge(stored: Settings, asked: dict, given: dict) -> tuple[Settings, list[str]]:
     """The stored job with harmless changes taken over; UserError for any other change."""
     changed = {k: v for k, v in asked.items() if v != getattr(stored, k)}
     mixing = [k for k in DEFINING if k in changed]
     if mixing:
-        what = "; ".join(f"{flag(k)} was {getattr(stored, k)}, now {changed[k]}" for k in mixing)
+        mixing.sort(key=lambda k: k not in given)  # what the user said comes first
+        what = "; ".join(
+            f"{flag(k)} was {getattr(stored, k)}, now {changed[k]}"
+            + ("" if k in given else " by default")
+            for k in mixing
+        )
         raise UserError(
             f"{stored.work_dir} holds a different job ({what}). Resume that one with "
             f"-w {stored.work_dir} -r, start this one in another work folder, or forget that one "
@@ -249,7 +278,8 @@ def _calibration_source(text: str) -> str:
     path = Path(_absolute("-c", text))
     if path.exists():
         return str(path)
-    if DATASET.fullmatch(text) and path.suffix.lower() not in TEXT_FILES:
+    named = Path(text.partition(":")[0]).suffix.lower()
+    if DATASET.fullmatch(text) and not {named, path.suffix.lower()} & set(TEXT_FILES):
         return text
     raise UserError(f"-c {text} is no file; give a .txt, .jsonl or .parquet file, or a dataset")
 
