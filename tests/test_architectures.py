@@ -25,7 +25,7 @@ from tiny_models import (
 from exl3 import parallel
 from exl3.errors import UserError
 from exl3.format.layer import padded
-from exl3.model import streamed
+from exl3.model import skeleton, streamed
 from exl3.model.capture import capture_inputs
 from exl3.model.checkpoint import Checkpoint
 from exl3.model.fused import SplitCheckpoint
@@ -270,4 +270,4 @@ def test_experts_under_any_name_are_refused(tmp_path):
     model = StreamedModel(save_tiny("llama", tmp_path))
     model._blocks[1].mlp.many = torch.nn.Parameter(torch.empty(2, 4, 4))
     with pytest.raises(UserError, match=r"several matrices in one tensor \(1\.mlp\.many\)"):
-        streamed._refuse(model._model, model._blocks, tmp_path)
+        skeleton.refuse_unsupported(model._model, model._blocks, tmp_path)

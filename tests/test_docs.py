@@ -24,27 +24,52 @@ def commands(page, language="sh"):
                 yield line
 
 
-@pytest.mark.slow
-def test_the_readmes_commands_in_their_order(tmp_path):
+def make_model(tmp_path):
+    """The model that the pages talk of, small."""
     model = tmp_path / "models" / "Llama-3.2-1B"
     save_tiny("llama", model, hidden_size=128, intermediate_size=256, vocab_size=300)
     save_tokenizer(model)
+
+
+def run_line(line, tmp_path, cwd):
+    for place in ("/models/", "/tmp/work", "/tmp/logits"):
+        line = line.replace(place, f"{tmp_path}/{place.removeprefix('/tmp/').strip('/')}/")
+    line = re.sub(r"((?:eval|util)/\w+\.py)", rf"{ROOT}/\1", line.removeprefix("$ "))
+    line = line.replace("python ", f"{sys.executable} ")
+    done = subprocess.run(line, shell=True, cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
+
+
+@pytest.mark.slow
+def test_the_readmes_commands_in_their_order(tmp_path):
+    make_model(tmp_path)
     found = list(commands(ROOT / "README.md"))
     assert len(found) >= 4
     for line in found:
-        line = line.replace("/models/", f"{tmp_path}/models/").replace(
-            "/tmp/work", f"{tmp_path}/work"
-        )
-        if "convert.py" in line and " -r" not in line:
-            line += SMALL
-        done = subprocess.run(
-            line.replace("python ", f"{sys.executable} "),
-            shell=True,
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
+        small = SMALL if "convert.py" in line and " -r" not in line else ""
+        run_line(line + small, tmp_path, ROOT)
+
+
+@pytest.mark.slow
+def test_the_commands_of_comparing_with_the_specs_of_the_page(tmp_path, monkeypatch):
+    monkeypatch.setenv("EXL3_CACHE", str(tmp_path / "cache"))
+    make_model(tmp_path)
+    page = ROOT / "docs" / "compare.md"
+    (tmp_path / "text.txt").write_text("the quick brown fox and the lazy dog " * 60)
+    specs = re.findall(r"```json\n(.*?)```", page.read_text(), re.S)
+    small = {'"wiki2"': '"text.txt"', "2048": "48", "512": "48"}  # no hub, a short context
+    for name, spec in zip(("spec_wiki2.json", "spec_models.json"), specs, strict=True):
+        for old, new in small.items():
+            spec = spec.replace(old, new)
+        spec = spec.replace('"/tmp/', '"/').replace('"/', f'"{tmp_path}/')
+        (tmp_path / name).write_text(spec)
+    quant = "-o /models/Llama-3.2-1B-exl3-3.5bpw -w /tmp/work -b 3.5"
+    run_line(f"python convert.py -i /models/Llama-3.2-1B {quant}{SMALL}", tmp_path, ROOT)
+    found = list(commands(page, "console"))
+    assert len(found) == 3
+    for line in found:
+        run_line(line + (" -l 48 -r 2" if "ppl.py" in line else ""), tmp_path, tmp_path)
+    assert (tmp_path / "chart.png").stat().st_size > 10_000
 
 
 def test_the_readmes_python():
