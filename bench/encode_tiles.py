@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 import torch
 
-from exl3 import ops
+from exl3 import ops, reference
 from exl3.format.codebook import CODEBOOKS, codebook_table
 
 # Standard deviation of Gaussian weights, in those of the codebook, at which each number of bits
@@ -25,7 +25,7 @@ from exl3.format.codebook import CODEBOOKS, codebook_table
 SCALE = (1.14, 1.02, 0.93, 0.94, 0.91, 0.88, 0.85, 0.80)
 ISAS = ("avx512", "avx2", "portable")
 SCALAR_TILES = 4  # a turn of the scalar search; it and the portable kernels are slow
-SLOW = ("scalar", "portable")
+SLOW = ("scalar", "portable", "torch")
 
 
 def main(codebook: str, tiles: int, isas: list[str], bits: list[int], turns: int) -> None:
@@ -35,7 +35,7 @@ def main(codebook: str, tiles: int, isas: list[str], bits: list[int], turns: int
     isas = [isa for isa in isas if supported(isa)]
     columns = [f"{isa:>10} {'ratio':>6}" for isa in isas]
     print(f"{codebook}, {tiles} tiles; thousands of weights per second and core")
-    print(f"bits {'scalar':>8} {' '.join(columns)}  mse/exact  2 threads")
+    print(f"bits {'scalar':>8} {'torch':>6} {' '.join(columns)}  mse/exact  2 threads")
     for k in bits:
         sigma = SCALE[k - 1] * codebook_table(codebook).float().std().item()
         weights = torch.randn(tiles, 256, generator=torch.Generator().manual_seed(k)) * sigma
@@ -44,7 +44,8 @@ def main(codebook: str, tiles: int, isas: list[str], bits: list[int], turns: int
         quality = relative_error(weights, k, codebook)
         scaling = thread_scaling(weights, k, codebook, turns)
         print(
-            f"{k:4} {speed['scalar'] / 1e3:8.2f} {' '.join(cells)} {quality:10.4f} {scaling:9.2f}x",
+            f"{k:4} {speed['scalar'] / 1e3:8.2f} {speed['torch'] / 1e3:6.2f} "
+            f"{' '.join(cells)} {quality:10.4f} {scaling:9.2f}x",
             flush=True,
         )
 
@@ -53,7 +54,7 @@ def race(
     weights: torch.Tensor, bits: int, codebook: str, isas: list[str], turns: int
 ) -> dict[str, float]:
     """Weights per second of CPU time of the scalar search and of each instruction set."""
-    best = dict.fromkeys(["scalar", *isas], 0.0)
+    best = dict.fromkeys(["scalar", "torch", *isas], 0.0)
     for turn in range(turns):
         for name in best:
             if name in SLOW and turn > 1:
@@ -67,6 +68,9 @@ def race(
 def search(weights: torch.Tensor, bits: int, codebook: str, name: str, threads: int = 1) -> None:
     if name == "scalar":
         torch.ops.exl3_bench.encode_tiles_scalar(weights, bits, codebook)
+        return
+    if name == "torch":
+        reference.encode_tiles(weights, bits, codebook, threads)
         return
     os.environ["EXL3_ISA"] = name
     torch.ops.exl3.encode_tiles(weights, bits, codebook, threads)

@@ -54,7 +54,7 @@ def load_kernels() -> bool:
     except NoKernels as error:
         _say(
             f"Warning: exl3 works without its C++ kernels: {error}. Plain torch stands in for "
-            "them, about a thousand times slower: enough to try things, not to convert a model."
+            "them, some three hundred times slower: enough to try things, not to convert a model."
         )
         if error.log and os.environ.get("EXL3_VERBOSE"):
             _say("\n".join(error.log.splitlines()[-40:]))
