@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import floor, gcd
 
-MIN_BITS, MAX_BITS = 1, 8
+MAX_BITS = 8
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from transformers import AutoTokenizer, LlamaConfig
 from exl3.errors import UserError
 from exl3.evaluate import dataspec
 from exl3.evaluate.cache import cache_folder
-from exl3.evaluate.dataspec import check_context, check_tokens, load_dataspec
+from exl3.evaluate.dataspec import check_context, load_dataspec
+from exl3.evaluate.rows import check_tokens
 
 TEXT = "the quick brown fox and the lazy dog, again and again. " * 12
 MISSING = object()
@@ -254,6 +255,6 @@ def test_rows_must_fit_the_model(spec):
     with pytest.raises(UserError, match=r"spec.json: eval_len: rows of 16 .* 15 tokens"):
         check_context(read, LlamaConfig(max_position_embeddings=15))
     rows = torch.tensor([[3, 9]])
-    check_tokens(read, rows, LlamaConfig(vocab_size=10))
+    check_tokens("spec.json: tokenizer_dir", rows, 10, "tiny")
     with pytest.raises(UserError, match=r"spec.json: tokenizer_dir: .* token 9"):
-        check_tokens(read, rows, LlamaConfig(vocab_size=9))
+        check_tokens("spec.json: tokenizer_dir", rows, 9, "tiny")

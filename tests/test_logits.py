@@ -375,7 +375,7 @@ def test_rows_beyond_the_models_context_are_refused(tiny, spec, tmp_path):
         main(flags(short, spec, tmp_path / "a.safetensors"))
     small = tmp_path / "small"
     save_tiny("qwen2", small, vocab_size=100)
-    with pytest.raises(UserError, match=r"spec.json: tokenizer_dir: its tokenizer gives token"):
+    with pytest.raises(UserError, match=r"spec.json: tokenizer_dir: the tokenizer gives token 283"):
         main(flags(small, spec, tmp_path / "a.safetensors"))
 
 

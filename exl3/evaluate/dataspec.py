@@ -158,16 +158,6 @@ def check_context(spec: DataSpec, config: PreTrainedConfig) -> None:
         )
 
 
-def check_tokens(spec: DataSpec, rows: torch.Tensor, config: PreTrainedConfig) -> None:
-    """UserError if the rows hold tokens that the model lacks."""
-    limit = config.get_text_config(decoder=True).vocab_size
-    if rows.max() >= limit:
-        raise UserError(
-            f"{spec.file}: tokenizer_dir: its tokenizer gives token {rows.max()}, but "
-            f"{config.name_or_path or 'the model'} has only {limit}; use the model's own tokenizer"
-        )
-
-
 # Reading and checking
 
 

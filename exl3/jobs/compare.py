@@ -148,7 +148,8 @@ def _measure(comparison: Comparison, spec: ModelSpec) -> Result:
         folder = comparison.known(engine)
         if comparison.request.clear_cache:
             shutil.rmtree(folder, ignore_errors=True)
-        check_tokens(comparison.request.dataspec, comparison.rows, engine.vocab, spec.label)
+        tokens_of = f"{comparison.request.dataspec}: tokenizer_dir"
+        check_tokens(tokens_of, comparison.rows, engine.vocab, spec.label)
         known = {i: row for i in numbers if (row := _load(folder, i)) is not None}
         if missing := [i for i in numbers if i not in known]:
             known |= _run(comparison, spec, engine, folder, missing)

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from exl3.devices import pick_device
 from exl3.errors import UserError
-from exl3.evaluate.dataspec import check_context, check_tokens, load_dataspec
+from exl3.evaluate.dataspec import check_context, load_dataspec
 from exl3.evaluate.logits_writer import Planned, logits_writer
+from exl3.evaluate.rows import check_tokens
 from exl3.evaluate.stream import stream_logits, stream_work
 from exl3.files import PARTIAL
 from exl3.model.quantized import open_model
@@ -38,9 +39,9 @@ def write_reference_logits(request: Request) -> None:
     model = open_model(request.model_dir, request.trust_remote_code)
     check_context(spec, model.config)
     every = spec.rows(request.trust_remote_code)
-    check_tokens(spec, every, model.config)
     rows = every[: request.rows or None]
     vocab = model.head()[1].out_features
+    check_tokens(f"{request.dataspec}: tokenizer_dir", every, vocab, request.model_dir)
     planned = Planned.of(model.checkpoint.fingerprint(), rows, vocab, request.dtype)
     out = request.out_logits
     if planned.is_complete(out):

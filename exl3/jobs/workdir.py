@@ -78,11 +78,6 @@ class WorkDir:
             raise UserError(f"{self.layer_path(key)} is gone; resume the job to make it again")
         return found[0]
 
-    def layer_report(self, key: str) -> dict[str, float]:
-        """What was noted about a finished layer: bits, errors, seconds."""
-        found = _read(self.layer_path(key), tensors=False)
-        return json.loads(found[1]["report"]) if found else {}
-
     def save_layer(
         self, key: str, tensors: dict[str, torch.Tensor], report: dict[str, float]
     ) -> None:
@@ -107,14 +102,12 @@ class WorkDir:
         )
 
 
-def _read(
-    path: Path, tensors: bool = True
-) -> tuple[dict[str, torch.Tensor], dict[str, str]] | None:
+def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]] | None:
     if not path.is_file():
         return None
     try:
         with safe_open(path, "pt") as file:
-            content = {k: file.get_tensor(k) for k in file.keys()} if tensors else {}  # noqa: SIM118
+            content = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
             return content, file.metadata() or {}
     except SafetensorError as error:
         raise UserError(f"{path} is damaged ({error}); delete it and resume the job") from None
