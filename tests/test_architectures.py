@@ -251,13 +251,13 @@ def test_a_quant_of_a_multimodal_gemma3(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("mixtral", "mixture-of-experts"),
-        ("jetmoe", "mixture-of-experts"),
-        ("llama4_text", "mixture-of-experts"),
+        ("jetmoe", r"several matrices in one tensor \(0\.mlp\.input_linear\.weight\)"),
+        ("llama4_text", r"several matrices in one tensor \(0\.feed_forward\.experts\.gate_up_proj"),
         ("mamba", "recurrent model"),
         ("rwkv", "recurrent model"),
         ("bamba", "recurrent model"),
         ("gpt2", "no linear layers"),
+        ("glm_moe_dsa", r"hand on which tokens to attend to \(indexer_types\)"),
     ],
 )
 def test_what_is_refused(tmp_path, kind, message):
@@ -266,8 +266,14 @@ def test_what_is_refused(tmp_path, kind, message):
         StreamedModel(tmp_path)
 
 
-def test_experts_under_any_name_are_refused(tmp_path):
+@pytest.mark.parametrize(("name", "shape"), [("many", (2, 4, 4)), ("experts.w1", (8, 4))])
+def test_stacks_under_any_name_are_refused(tmp_path, name, shape):
+    """DBRX has its experts in two dimensions."""
     model = StreamedModel(save_tiny("llama", tmp_path))
-    model._blocks[1].mlp.many = torch.nn.Parameter(torch.empty(2, 4, 4))
-    with pytest.raises(UserError, match=r"several matrices in one tensor \(1\.mlp\.many\)"):
-        skeleton.refuse_unsupported(model._model, model._blocks, tmp_path)
+    around, leaf = f"mlp.{name}".rsplit(".", 1)
+    blocks = model._blocks
+    if around != "mlp":
+        blocks[1].mlp.experts = torch.nn.Module()
+    blocks[1].get_submodule(around).register_parameter(leaf, torch.nn.Parameter(torch.ones(shape)))
+    with pytest.raises(UserError, match=rf"several matrices in one tensor \(1\.mlp\.{name}\)"):
+        skeleton.refuse_unsupported(model._model, blocks, tmp_path)

@@ -24,6 +24,16 @@ SIZES = {
 
 LOCAL = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"] * 2}
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 8}
+MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+ROTARY = {"rotary_dim": 8}
+LINEAR = {
+    "head_dim": 16,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
 
 # model type → what it needs besides SIZES; numbers that are not neutral, so that none goes missing
 EXTRA = {
@@ -52,7 +62,36 @@ EXTRA = {
     "bloom": {"n_head": 4, "n_layer": BLOCKS},
     "codegen": {"n_head": 4, "n_embd": HIDDEN, "n_layer": BLOCKS, "rotary_dim": 8},
     "gpt2": {"n_head": 4, "n_embd": HIDDEN, "n_layer": BLOCKS},
-    "mixtral": {"num_local_experts": 2},
+    "mixtral": {"num_local_experts": 5, "num_experts_per_tok": 2},
+    "qwen2_moe": {"num_experts": 5, "shared_expert_intermediate_size": 48, **MOE},
+    "qwen3_moe": {"num_experts": 5, "head_dim": 16, "mlp_only_layers": [1], **MOE},
+    "qwen3_next": {"num_experts": 5, "shared_expert_intermediate_size": 48, **MOE, **LINEAR},
+    "qwen3_5_text": LINEAR,
+    "qwen3_5_moe_text": {
+        "num_experts": 5,
+        "shared_expert_intermediate_size": 48,
+        **MOE,
+        **LINEAR,
+    },
+    "minimax_m2": {"num_local_experts": 5, "num_experts_per_tok": 2, "head_dim": 16, **ROTARY},
+    "deepseek_v3": {
+        **{"n_routed_experts": 4, "n_group": 2, "topk_group": 1, "n_shared_experts": 1, **MOE},
+        **{"first_k_dense_replace": 1, "q_lora_rank": 24, "kv_lora_rank": 16},
+        **{"qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16, "head_dim": 8},
+        **{"num_key_value_heads": 4, "routed_scaling_factor": 1.7},
+    },
+    "glm_moe_dsa": {
+        **{"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "n_shared_experts": 1, **MOE},
+        **{"q_lora_rank": 24, "kv_lora_rank": 16, "v_head_dim": 16, "num_key_value_heads": 4},
+        **{"qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "head_dim": 16},
+        "indexer_types": ["full", "shared", "full"],
+    },
+    "glm4_moe": {
+        **{"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "n_shared_experts": 1, **MOE},
+        **{"first_k_dense_replace": 1, "head_dim": 16, "use_qk_norm": True},
+    },
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, **LOCAL},
+    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "jetmoe": {"num_local_experts": 2, "kv_channels": 16},
     "llama4_text": {"num_local_experts": 2, "head_dim": 16, "intermediate_size_mlp": 96},
     "mamba": {},

@@ -4,6 +4,7 @@ Folders of other programs are welcome. What their readers can do without (a coun
 in a config) is a problem only where we wrote the folder ourselves; elsewhere it is a note.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,7 @@ DETAIL = "quantization_config.json"
 SHOWN = 10  # lines of a list of problems
 UNQUANTIZED = 16  # bits of a head that is stored as it was
 TOLERANCE = 0.02  # of the bits that a config tells
+EXPERT = re.compile(r"(.+\.experts)\.\d+\.(.+)")  # a layer of one expert among several
 MIXED = "mixed"  # the codebook of a config whose layers have several
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "vocab.txt")
 
@@ -65,6 +67,7 @@ def verify(
         check.other_files()
         check.model()
         check.claims()
+        check.experts()
         if decode:
             check.numbers()
         if hashes:
@@ -286,6 +289,21 @@ class _Check:
                 self.claim(
                     f"{self.tensors.file(f'{layer.name}.trellis')}: {layer.name} has the codebook "
                     f"{layer.codebook}, but config.json says {codebook}; {AGAIN}"
+                )
+
+    def experts(self) -> None:
+        """Experts of one kind in a block have the same K and codebook: readers run them at once."""
+        kinds: dict[str, dict[tuple[int, str], str]] = {}  # kind → what is found, and where first
+        for name, layer in self.layers.items():
+            if match := EXPERT.fullmatch(name):
+                kind = f"{match[1]}.*.{match[2]}"
+                kinds.setdefault(kind, {}).setdefault((layer.bits, layer.codebook), name)
+        for kind, found in kinds.items():
+            if len(found) > 1:
+                listed = ", ".join(f"{n}: {k} bits {book}" for (k, book), n in found.items())
+                self.problems.append(
+                    f"the experts {kind} do not have the same bits and codebook ({listed}), and "
+                    "readers run them together; convert the model again"
                 )
 
     def _check_head(self) -> None:

@@ -1,6 +1,7 @@
 """Every tensor of the finished model, known by its shape before it is made."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -16,6 +17,7 @@ from exl3.jobs.settings import Settings
 from exl3.model.streamed import StreamedModel
 from exl3.tensor_files import LazyTensor
 
+CHOICE = "e_score_correction_bias"  # added to a router's scores
 LoadLayer = Callable[[str], dict[str, torch.Tensor]]  # a finished layer's tensors, by its key
 
 
@@ -37,8 +39,13 @@ def stored_modules(
     for name, own in names.items():
         if name in plan.bits:
             yield _quantized(settings, model, plan.bits[name], name, linears[name], own, load_layer)
-        else:
-            yield StoredModule(name, tuple(_plain(model, key, key in embedding) for key in own))
+            continue
+        tensors = [_plain(model, key, key in embedding) for key in own]
+        around, _, leaf = name.rpartition(".")
+        if leaf == "gate" and (key := f"{around}.{CHOICE}") in names.get(around, ()):
+            # One reader looks for it beside the router's weight, where the source has none.
+            tensors.append(replace(_plain(model, key, False), key=f"{name}.{CHOICE}"))
+        yield StoredModule(name, tuple(tensors))
 
 
 def _quantized(
@@ -97,6 +104,12 @@ def _load(model: StreamedModel, key: str, dtype: torch.dtype) -> torch.Tensor:
             f"(at most {torch.finfo(dtype).max:.3g}); readers want this tensor in that type"
         )
     return cast
+
+
+def with_tuned(module: StoredModule, tuned: dict[str, torch.Tensor]) -> StoredModule:
+    """A module with tuned tensors in the place of those with the same key, shape and dtype."""
+    tensors = (LazyTensor.of(t.key, tuned[t.key]) if t.key in tuned else t for t in module.tensors)
+    return replace(module, tensors=tuple(tensors))
 
 
 def refuse_what_cannot_be_stored(settings: Settings, model: StreamedModel, plan: Plan) -> None:

@@ -7,7 +7,7 @@ is parsed and checked here, and every complaint is one sentence naming the file 
 import hashlib
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +20,7 @@ from exl3.errors import UserError
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_HEADER = 100_000_000  # the safetensors library's own limit
+ALIGNMENT = 64  # bytes, of torch's own tensors
 SAMPLE = 64 * 1024  # bytes that the fingerprint reads at each of its places in a file
 SAMPLES = 256  # places, evenly spread; a file of up to 16 MiB is read whole
 
@@ -55,10 +56,15 @@ class TensorSource(Protocol):
 
     def tensor(self, key: str) -> torch.Tensor: ...
 
+    def matrix(self, key: str, index: int) -> torch.Tensor:
+        """`tensor(key)[index]`, without reading the rest where that is possible."""
+
     def file(self, key: str) -> str: ...
 
     def expect(self, key: str, shape: tuple[int, ...]) -> None:
         """Tells the shape that the model wants; UserError if the tensor cannot have it."""
+
+    def fingerprint(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -136,11 +142,18 @@ class Checkpoint:
 
     def tensor(self, key: str) -> torch.Tensor:
         """The tensor, on the CPU, in its stored dtype; the caller's own to write into."""
+        return self._read(key, lambda file: file.get_tensor(key))
+
+    def matrix(self, key: str, index: int) -> torch.Tensor:
+        """`tensor(key)[index]`, of which alone the bytes are read."""
+        return self._read(key, lambda file: file.get_slice(key)[index : index + 1])[0]
+
+    def _read(self, key: str, take: Callable[[Any], torch.Tensor]) -> torch.Tensor:
         name = self._entries[key].file
         try:
             # Opened anew: the tensors of one handle share memory, and so what is written there.
             with safe_open(self.folder / name, framework="pt", device="cpu") as file:
-                return file.get_tensor(key)
+                return _aligned(take(file))
         except (OSError, SafetensorError) as error:
             raise UserError(f"{name}: {key} cannot be read ({error}); check the file.") from error
 
@@ -171,6 +184,50 @@ class Checkpoint:
                     file.seek(place)
                     add(file.read(SAMPLE))
         return digest.hexdigest()
+
+
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor at an address where torch would put it: it is read to where it is in its file, and
+    the last bits of a product with one row depend on that."""
+    return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
+
+
+class View:
+    """A source of tensors (see `TensorSource`) that shows another's; subclasses change some."""
+
+    def __init__(self, source: TensorSource):
+        self.source = source
+
+    def keys(self) -> Iterable[str]:
+        return self.source.keys()
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return self.source.shape(key)
+
+    def dtype(self, key: str) -> torch.dtype:
+        return self.source.dtype(key)
+
+    def nbytes(self, key: str) -> int:
+        """Bytes in the file."""
+        return self.source.nbytes(key)
+
+    def tensor(self, key: str) -> torch.Tensor:
+        """The tensor, the caller's own to write into."""
+        return self.source.tensor(key)
+
+    def matrix(self, key: str, index: int) -> torch.Tensor:
+        """`tensor(key)[index]`."""
+        return self.source.matrix(key, index)
+
+    def file(self, key: str) -> str:
+        return self.source.file(key)
+
+    def expect(self, key: str, shape: tuple[int, ...]) -> None:
+        """UserError unless the tensor has the shape that the model wants."""
+        self.source.expect(key, shape)
+
+    def fingerprint(self) -> str:
+        return self.source.fingerprint()
 
 
 def _files(folder: Path) -> tuple[set[str], dict[str, str]]:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from exl3.model.checkpoint import TensorSource
+from exl3.model.checkpoint import TensorSource, View
 
 Sizes = dict[str, int]  # part → how many of the fused linear's rows are its own, in their order
 
@@ -95,14 +95,14 @@ class _Rows:
         return (self.rows.stop - self.rows.start, *shape[1:])
 
 
-class SplitCheckpoint:
+class SplitCheckpoint(View):
     """A source of tensors (see `TensorSource`) with the parts in the place of fused tensors.
 
     Weights and biases are cut. A source that holds the parts already shows them as they are.
     """
 
     def __init__(self, source: TensorSource, fused: dict[str, Sizes]):
-        self.source = source
+        super().__init__(source)
         self._parts: dict[str, _Rows | None] = {}  # key → its rows, None: stored under this key
         for key in source.keys():  # noqa: SIM118
             self._parts |= self._cut(key, fused)
@@ -158,9 +158,6 @@ class SplitCheckpoint:
         else:
             whole = self.source.shape(part.key)[0]
             self.source.expect(part.key, (whole, *shape[1:]))
-
-    def fingerprint(self) -> str:
-        return self.source.fingerprint()
 
     def _stored(self, key: str) -> str:
         part = self._parts[key]

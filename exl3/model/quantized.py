@@ -23,7 +23,8 @@ class QuantizedCheckpoint:
     def __init__(self, folder: str | Path) -> None:
         self.stored = Checkpoint(folder)
         suffix = ".trellis"
-        self.layers = {k.removesuffix(suffix) for k in self.stored.keys() if k.endswith(suffix)}  # noqa: SIM118
+        self._names = set(self.stored.keys())
+        self.layers = {k.removesuffix(suffix) for k in self._names if k.endswith(suffix)}
         self._shapes: dict[str, tuple[int, ...]] = {}  # without padding
 
     def keys(self) -> Iterable[str]:
@@ -70,6 +71,10 @@ class QuantizedCheckpoint:
             tensor = self.stored.tensor(key)
         return tensor[tuple(slice(n) for n in self.shape(key))]
 
+    def matrix(self, key: str, index: int) -> torch.Tensor:
+        """`tensor(key)[index]`."""
+        return self.tensor(key)[index]
+
     def file(self, key: str) -> str:
         return self.stored.file(f"{self._layer(key)}.trellis" if self._is_weight(key) else key)
 
@@ -86,8 +91,8 @@ class QuantizedCheckpoint:
 
     def _leaves(self, key: str) -> list[str]:
         """Leaf names of what a layer's weight is stored as."""
-        names = set(self.stored.keys())
-        return [a for a in LAYER_TENSORS if a != "bias" and f"{self._layer(key)}.{a}" in names]
+        layer = self._layer(key)
+        return [a for a in LAYER_TENSORS if a != "bias" and f"{layer}.{a}" in self._names]
 
     def _stored_shape(self, key: str) -> tuple[int, ...]:
         if not self._is_weight(key):

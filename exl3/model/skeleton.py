@@ -3,6 +3,7 @@
 Uses transformers' internals, as `streamed.py` does; no other module may.
 """
 
+import re
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -12,17 +13,27 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from exl3.errors import UserError
 from exl3.model.checkpoint import TensorSource, read_json
+from exl3.model.experts import NAMES, STACKS
 
 
 def read_config(
     path: Path, attn_implementation: str | None, trust_remote_code: bool, decoded: bool
-) -> PreTrainedConfig:
-    """The folder's config, without network and without running code that is not trusted."""
+) -> tuple[PreTrainedConfig, dict[str, Any] | None]:
+    """The folder's config, without network and without running code that is not trusted, and the
+    quantization_config it had, which tells how the tensors are to be decoded.
+
+    decoded: the checkpoint does that already, and the folder is that of an EXL3 model.
+    """
     raw = read_json(path / "config.json")
     _check_code(path, raw, trust_remote_code)
     try:
@@ -41,20 +52,17 @@ def read_config(
                 "or sdpa (in config.json: remove attn_implementation)."
             )
     quantization = getattr(config, "quantization_config", None)
-    if quantization is not None:
-        if not (decoded and _quant_method(quantization) == "exl3"):
-            raise UserError(
-                f"{path} is already quantized ({_quant_method(quantization)}); give the folder of "
-                "the original model."
-            )
-        del config.quantization_config  # the checkpoint decodes its tensors
-    return config
-
-
-def _quant_method(quantization: Any) -> str:
-    if isinstance(quantization, dict):
-        return str(quantization.get("quant_method"))
-    return str(getattr(quantization, "quant_method", None))
+    if quantization is None:
+        return config, None
+    if not isinstance(quantization, dict):
+        quantization = quantization.to_dict()
+    if decoded and quantization.get("quant_method") != "exl3":
+        raise UserError(
+            f"{path} is already quantized ({quantization.get('quant_method')}); give the folder of "
+            "the original model."
+        )
+    del config.quantization_config  # transformers shall not decode anything
+    return config, None if decoded else quantization
 
 
 def _check_code(path: Path, raw: dict[str, Any], trust_remote_code: bool) -> None:
@@ -148,23 +156,38 @@ def _nearest_model(model: PreTrainedModel, name: str) -> PreTrainedModel:
     return nearest
 
 
+# Types whose linear attention runs without a state when there is no cache, and whose readers want
+# its linears as they are in the model.
+RECURRENT = {"qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"}
+
+
 def refuse_unsupported(model: PreTrainedModel, blocks: nn.ModuleList, path: Path) -> None:
-    """UserError for models that would run here, but whose quants would be of no use."""
-    if model._is_stateful:
+    """UserError for models that would run here, but whose quants would be of no use.
+
+    The experts that can be linears must be so already.
+    """
+    if model._is_stateful and model.config.model_type not in RECURRENT:
         raise UserError(
             f"{path} is a recurrent model ({model.config.model_type}: Mamba, RWKV, linear "
             "attention and the like), which is not supported yet; use a model with attention only."
         )
-    if any(name.rpartition(".")[2] == "experts" for name, _ in blocks.named_modules()):
+    if "shared" in (
+        getattr(model.config.get_text_config(decoder=True), "indexer_types", None) or ()
+    ):
         raise UserError(
-            f"{path} is a mixture-of-experts model, which is not supported yet; use a dense model."
+            f"The blocks of {path} hand on which tokens to attend to (indexer_types) besides their "
+            f"states; such models of the type {model.config.model_type} are not supported yet."
         )
     for name, module in blocks.named_modules():
+        if isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
+            continue
+        most = 1 if "experts" in name.split(".") else 2  # dimensions; experts may be stacked in two
         for leaf, weight in module.named_parameters(recurse=False):
-            if weight.dim() > 2 and not isinstance(module, nn.modules.conv._ConvNd):
+            if weight.dim() > most:
                 raise UserError(
-                    f"{path} keeps several matrices in one tensor ({name}.{leaf}), as "
-                    "mixture-of-experts models do, which is not supported yet; use a dense model."
+                    f"{path} keeps several matrices in one tensor ({name}.{leaf}) in a way that is "
+                    f"not supported yet for models of the type {model.config.model_type}; use a "
+                    "dense model, or one with experts as Mixtral, Qwen or DeepSeek have them."
                 )
     if not any(isinstance(module, nn.Linear) for module in blocks.modules()):
         raise UserError(
@@ -215,3 +238,29 @@ def find_targets(
         else:
             dropped.append(key)
     return targets, dropped
+
+
+def expert_names(mapping: list[Any]) -> tuple[dict[str, str], list[Any]]:
+    """How checkpoints name the linears of an expert, role → name, and the mapping without the
+    entries that would stack them."""
+    names, others = dict(NAMES), []
+    for entry in mapping:
+        found = _names_of_stacked(entry)
+        names |= found
+        if not found:
+            others.append(entry)
+    return names, others
+
+
+def _names_of_stacked(entry: Any) -> dict[str, str]:
+    """Role → name of the linears that an entry of a mapping stacks; none if it does not."""
+    if not isinstance(entry, WeightConverter):
+        return {}
+    if not any(isinstance(operation, MergeModulelist) for operation in entry.operations):
+        return {}
+    sources = [pattern.replace("\\", "") for pattern in entry._original_source_patterns]
+    names = [re.search(r"experts\.\*\.([\w.]+)\.weight$", pattern) for pattern in sources]
+    roles = STACKS.get(entry._original_target_patterns[0].rpartition(".")[2], ())
+    if len(names) != len(roles) or not all(names):
+        return {}
+    return {role: name[1] for role, name in zip(roles, names, strict=True)}

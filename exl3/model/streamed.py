@@ -20,11 +20,22 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
 from exl3.errors import UserError
+from exl3.memory import return_large
 from exl3.model.checkpoint import Checkpoint, TensorSource
+from exl3.model.dequantized import dequantized
+from exl3.model.experts import (
+    ExpertCheckpoint,
+    LinearExperts,
+    Stack,
+    check_expert_count,
+    find_experts,
+    find_stack,
+)
 from exl3.model.fused import SplitCheckpoint, split_linears
 from exl3.model.rope import Rope
 from exl3.model.skeleton import (
     check_block_count,
+    expert_names,
     find_blocks,
     find_head,
     find_targets,
@@ -34,6 +45,7 @@ from exl3.model.skeleton import (
     refuse_unsupported,
     stored_dtype,
 )
+from exl3.model.unquantized import is_left_alone
 from exl3.progress import no_transformers_bar
 
 EMBEDDING = "the embedding"
@@ -46,9 +58,8 @@ class StreamedModel:
 
     path: the model's folder; checkpoint: where its tensors come from (default: that folder);
     dtype: what the weights become (default: what config.json says); rope: changes to the rotary
-    embeddings. Runs may be called from
-    several threads at once, without gradients; loading and freeing are for one thread. Weights of
-    a loaded part may be replaced (`linear.weight.data = ...`), modules may not.
+    embeddings. Runs may be called from several threads at once; loading and freeing are for one
+    thread. Weights of a loaded part may be replaced (`linear.weight.data = ...`), modules may not.
 
     Raises UserError for a folder that is damaged, incomplete or of a kind not supported.
     """
@@ -64,20 +75,27 @@ class StreamedModel:
         trust_remote_code: bool = False,
         rope: Rope | None = None,
     ):
+        return_large()
         self.path = Path(path)
         self.device = torch.device(device)
         decoded = checkpoint is not None
-        self.config = read_config(self.path, attn_implementation, trust_remote_code, decoded)
+        self.config, quantization = read_config(
+            self.path, attn_implementation, trust_remote_code, decoded
+        )
         text = self.config.get_text_config(decoder=True)
         self.rope_parameters = (rope or Rope()).parameters(text)  # None: the config's own
         if self.rope_parameters:
             text.rope_parameters = self.rope_parameters
         self.checkpoint: TensorSource = checkpoint if decoded else Checkpoint(self.path)
+        if quantization is not None:
+            self.checkpoint = dequantized(self.checkpoint, quantization, self.path)
         self.dtype = dtype or stored_dtype(self.config, self.checkpoint)
         check_block_count(self.config, self.checkpoint)
         self._model = make_skeleton(self.config, self.dtype, trust_remote_code)
         make_buffers(self._model, self.device)
         self._prefix, self._blocks = find_blocks(self._model, self.path)
+        self._mapping = get_model_conversion_mapping(self._model)
+        self._split_experts()
         refuse_unsupported(self._model, self._blocks, self.path)
         self._split_fused()
         self._head_name, self._head = find_head(self._model, self.path)
@@ -95,6 +113,30 @@ class StreamedModel:
         """Module path of block i, such as `model.layers.3`."""
         return f"{self._prefix}.{i}"
 
+    def _split_experts(self) -> None:
+        """Makes experts linears, in the model and in its checkpoint."""
+        experts = find_experts(self._model)
+        self._expert_keys: set[str] = set()  # of everything that must find a place in them
+        if not experts:
+            return
+        targets, _ = find_targets(self._model, self._mapping, self.checkpoint)
+        names, self._mapping = expert_names(self._mapping)
+        stacks: dict[str, Stack] = {}
+        for key, (name, converted) in targets.items():
+            path, _, tensor = name.rpartition(".")
+            if path not in experts:
+                continue
+            stack = None if converted else find_stack(experts[path], tensor, key, name, names)
+            if stack is None:
+                self._expert_keys.add(key)
+            else:
+                stacks[key] = stack
+        if stacks:
+            self.checkpoint = ExpertCheckpoint(self.checkpoint, stacks)
+        check_expert_count(experts, self.checkpoint)
+        for path, stock in experts.items():
+            self._model.set_submodule(path, LinearExperts(stock, names))
+
     def _split_fused(self) -> None:
         """Splits fused linears, in the model and in its checkpoint."""
         fused = split_linears(self._model, self.config.get_text_config(decoder=True))
@@ -106,10 +148,16 @@ class StreamedModel:
     def _sort_tensors(self) -> None:
         """Assigns the model's tensors and the checkpoint's keys to parts, and checks them."""
         model, source = self._model, self.checkpoint
-        self._mapping = get_model_conversion_mapping(model)
         shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
         self._keys: dict[str, str] = {}  # tensors stored 1:1: the model's name → the key
         targets, self.dropped_keys = find_targets(model, self._mapping, source)
+        for key in self.dropped_keys:
+            if key in self._expert_keys:
+                raise UserError(
+                    f"{source.file(key)}: {key} belongs to no expert that the model has by "
+                    "config.json, or is stored in a way that is not supported; check that the "
+                    "files belong together."
+                )
         for key, (name, converted) in targets.items():
             if converted:
                 continue
@@ -180,13 +228,35 @@ class StreamedModel:
         return list(self._part_keys[TAIL])
 
     def block_linears(self, i: int) -> dict[str, nn.Linear]:
-        """Block i's linears stored as they are: the checkpoint's key without `.weight` → module."""
+        """Block i's linears that can be quantized: the checkpoint's key without `.weight` → module.
+
+        They are stored as they are in the model, and experts' are among them.
+        """
         linears = {}
         for name, module in self._blocks[i].named_modules():
             key = self._keys.get(f"{self.block_name(i)}.{name}.weight", "")
-            if isinstance(module, nn.Linear) and key.endswith(".weight"):
+            if not isinstance(module, nn.Linear) or is_left_alone(name):
+                continue
+            if key.endswith(".weight"):
                 linears[key.removesuffix(".weight")] = module
         return linears
+
+    def block_experts(self, i: int) -> dict[str, LinearExperts]:
+        """Block i's experts: path in the block → module."""
+        modules = self._blocks[i].named_modules()
+        return {name: module for name, module in modules if isinstance(module, LinearExperts)}
+
+    def norms(self, part: Part) -> dict[str, nn.Module]:
+        """The norms with a weight in a block (its number) or in TAIL: the checkpoint's key of that
+        weight → module."""
+        norms = {}
+        for name in self._names[part]:
+            path, _, leaf = name.rpartition(".")
+            module = self._model.get_submodule(path)
+            kind = type(module).__name__.lower()
+            if leaf == "weight" and "norm" in kind and name in self._keys:
+                norms[self._keys[name]] = module
+        return norms
 
     def head(self) -> tuple[str, nn.Linear]:
         """The head and its key without `.weight`: the checkpoint's own, else (tied) `lm_head` with
@@ -278,7 +348,19 @@ class StreamedModel:
         """
         if (state is None) != (i == 0):
             raise ValueError("block 0 takes no state, every other block takes its predecessor's")
-        output = self._drive(input_ids, _Run(stop=i, state=self._here(state)), i)
+        return self._run_block(input_ids, _Run(stop=i, state=self._here(state)))
+
+    def block_graph(
+        self, i: int, input_ids: torch.Tensor, state: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What enters block i, and its output as autograd's function of that; both (rows, cols,
+        hidden). Arguments as for `run_block`; weights take no gradient."""
+        run = _Run(stop=i, state=self._here(state), gradients=True)
+        output = self._run_block(input_ids, run)
+        return run.entered, output
+
+    def _run_block(self, input_ids: torch.Tensor, run: "_Run") -> torch.Tensor:
+        output = self._drive(input_ids, run, run.stop)
         if isinstance(output, tuple):
             self._outputs = len(output)
             return output[0]
@@ -288,6 +370,14 @@ class StreamedModel:
         """Logits (rows, cols, vocab) from the last block's output (rows, cols, hidden)."""
         run = _Run(stop=self.num_blocks, state=self._here(state))
         return self._drive(input_ids, run, TAIL).logits
+
+    def tail_graph(
+        self, input_ids: torch.Tensor, state: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The last block's output, and the logits as autograd's function of it."""
+        entered = self._here(state).detach().requires_grad_()
+        run = _Run(stop=self.num_blocks, state=entered, gradients=True)
+        return entered, self._drive(input_ids, run, TAIL).logits
 
     def run_norm(self, input_ids: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
         """What enters the head, (rows, cols, hidden), from the last block's output."""
@@ -306,11 +396,11 @@ class StreamedModel:
         for run.outputs in dict.fromkeys((self._outputs, 0, 1)):
             self._local.run = run
             try:
-                with torch.no_grad():
+                with torch.set_grad_enabled(run.gradients):
                     output = self._model(
                         input_ids=input_ids.to(self.device), use_cache=False, return_dict=True
                     )
-            except _Stop as stop:
+            except Stop as stop:
                 output = stop.value
             except _WrongForm:
                 continue
@@ -331,7 +421,7 @@ class StreamedModel:
 
     def _stop_at_head(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if self._local.run is not None and self._local.run.at_head:
-            raise _Stop(args[0])
+            raise Stop(args[0])
 
     def _obeying(self, i: int, forward: Any) -> Any:
         @wraps(forward)
@@ -346,7 +436,9 @@ class StreamedModel:
             if i < run.stop:
                 return (run.state, *[None] * (run.outputs - 1)) if run.outputs else run.state
             self._refuse_side_channels(kwargs)
-            raise _Stop(forward(*args, **kwargs))
+            if run.gradients:
+                args, kwargs = run.follow(args, kwargs)
+            raise Stop(forward(*args, **kwargs))
 
         return obeying
 
@@ -367,13 +459,26 @@ class _Run:
     state: torch.Tensor | None
     at_head: bool = False  # stop where the head begins
     outputs: int = 0  # blocks give back the bare state (0) or a tuple of so many values
+    gradients: bool = False  # autograd follows the part that runs
+    entered: torch.Tensor | None = None  # what entered the block, where autograd begins
+
+    def follow(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """A block's arguments with its input in autograd's sight."""
+        hidden = args[0] if args else kwargs["hidden_states"]
+        self.entered = hidden.detach().requires_grad_()
+        hidden = self.entered.clone()  # autograd's own beginnings may not be changed in place
+        if args:
+            return (hidden, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": hidden}
 
 
 class _Local(threading.local):
     run: _Run | None = None
 
 
-class _Stop(Exception):
+class Stop(Exception):
     """Leaves the stock forward with a value."""
 
     def __init__(self, value: Any):

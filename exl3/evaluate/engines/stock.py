@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from exl3.errors import UserError
 from exl3.evaluate.engines.base import Engine
 from exl3.evaluate.engines.place import Place
+from exl3.model.experts import restack
 from exl3.model.quantized import open_model
 from exl3.progress import Progress, no_transformers_bar
 
@@ -114,7 +115,7 @@ def load_decoded(
     model, info = type(skeleton).from_pretrained(
         None,
         config=config,
-        state_dict=_fused(state, skeleton),
+        state_dict=restack(_fused(state, skeleton), skeleton),
         dtype=dtype,
         output_loading_info=True,
     )
