@@ -20,7 +20,9 @@ import torch
 from exl3 import parallel, quantize_linear
 from exl3.data.rows import calibration_rows
 from exl3.data.tokenizer import load_tokenizer
-from exl3.jobs.blocks import block_hessians, run_block
+from exl3.jobs.block import Block
+from exl3.jobs.inputs import block_hessians
+from exl3.jobs.streams import Streams, run_block
 from exl3.model.quantized import open_model
 from exl3.quant import linear as quant_linear
 
@@ -30,14 +32,14 @@ def layers(args: argparse.Namespace) -> Iterator[tuple[torch.Tensor, torch.Tenso
     model = open_model(args.model)
     rows = calibration_rows(load_tokenizer(args.model), args.rows, args.length, args.text)
     model.load_embedding()
-    states = None
+    streams = Streams(rows, paired=False)
     for i in range(args.blocks):
-        model.load_block(i)
-        linears = model.block_linears(i)
-        for keys, hessian in block_hessians(model, i, linears, rows, states):
+        block = Block.load(model, i)
+        for keys, hessian in block_hessians(block, list(block.linears), streams):
             for key in keys:
-                yield linears[key].weight.T.clone(), hessian.mean()
-        states = run_block(model, i, rows, states)
+                yield block.loaded[key].T.clone(), hessian.mean()
+        streams.quantized = run_block(model, i, rows, streams.quantized)
+        block.free()
 
 
 def tried(quantize: Callable[[], object]) -> tuple[float, float]:

@@ -1,10 +1,7 @@
 """What a conversion will make and take, told before it begins: sizes, memory, time."""
 
-import resource
 import shutil
-import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,15 +10,23 @@ import torch
 from exl3 import ops, parallel
 from exl3.errors import UserError
 from exl3.format.directory import small_files
-from exl3.format.layer import padded
-from exl3.jobs.blocks import BATCH_TOKENS
+from exl3.jobs.boundaries import boundary_bytes
 from exl3.jobs.plan import Plan
 from exl3.jobs.settings import Settings, partial_folder
 from exl3.jobs.stored import stored_modules
+from exl3.jobs.thrift import (
+    Thrift,
+    choose_thrift,
+    peak_bytes,
+    resident_bytes,
+    spilled_bytes,
+    states_bytes,
+)
+from exl3.jobs.tune_plan import STEP_TOKENS, tuned_bytes, whole_tuning_bytes
 from exl3.model.streamed import StreamedModel
 
 GIB = 2**30
-JOB_FILES = ("layers/*", "calibration.safetensors", "states.safetensors")
+JOB_FILES = ("layers/*", "calibration.safetensors", "states.safetensors", "gradients/*")
 ENTRY = 400  # bytes of configs, index and headers for every tensor
 
 
@@ -51,14 +56,17 @@ class Estimate:
 
 def estimate(settings: Settings, model: StreamedModel, plan: Plan) -> Estimate:
     """Estimates a conversion from shapes, and from a short try of this machine's speed."""
-    tokens = settings.cal_rows * settings.cal_cols
+    thrift = choose_thrift(settings, model, plan, settings.cal_rows)
     return Estimate(
         plan.average,
         plan.weights,
         output_bytes(settings, model, plan),
-        work_bytes(settings, model, plan, settings.cal_rows),
-        resident_bytes() + _peak(settings, model, plan),
-        _seconds(model, plan, tokens),
+        work_bytes(settings, model, plan, settings.cal_rows, thrift),
+        max(
+            resident_bytes() + peak_bytes(settings, model, plan, settings.cal_rows, thrift),
+            whole_tuning_bytes(settings, model, plan, thrift) or 0,
+        ),
+        _seconds(settings, model, plan),
     )
 
 
@@ -70,20 +78,30 @@ def output_bytes(settings: Settings, model: StreamedModel, plan: Plan) -> int:
     return sum(module.nbytes for module in stored) + entries + small
 
 
-def work_bytes(settings: Settings, model: StreamedModel, plan: Plan, rows: int) -> int:
-    """Of the work folder at its largest: finished layers, rows, states old and new."""
+def work_bytes(
+    settings: Settings, model: StreamedModel, plan: Plan, rows: int, thrift: Thrift
+) -> int:
+    """Of the work folder at its largest: finished layers, rows, states old and new, gradients, and
+    what memory has no room for."""
     stored = stored_modules(settings, model, plan, _nothing)
     layers = sum(module.nbytes + ENTRY for module in stored if module.bits is not None)
-    return layers + rows * settings.cal_cols * 8 + 2 * _states(settings, model, rows)
+    streams = 1 if settings.no_correction else 2
+    states = 2 * streams * states_bytes(settings, model, rows)  # old and new
+    if settings.hessian == "kron":
+        states += boundary_bytes(model, min(rows, settings.hessian_rows), settings.cal_cols)
+    states += spilled_bytes(settings, model, rows, thrift)
+    return layers + rows * settings.cal_cols * 8 + states + tuned_bytes(settings, model)
 
 
-def refuse_full_disks(settings: Settings, model: StreamedModel, plan: Plan, rows: int) -> None:
+def refuse_full_disks(
+    settings: Settings, model: StreamedModel, plan: Plan, rows: int, thrift: Thrift
+) -> None:
     """UserError if a disk has too little room for what the job will write to it."""
     needs: dict[int, list[tuple[Path, int]]] = {}
     partial, work = partial_folder(settings.out_dir), Path(settings.work_dir)
     for folder, need in (
         (partial, output_bytes(settings, model, plan) - _present(partial, "*")),
-        (work, work_bytes(settings, model, plan, rows) - _present(work, *JOB_FILES)),
+        (work, work_bytes(settings, model, plan, rows, thrift) - _present(work, *JOB_FILES)),
     ):
         place = _existing(folder.parent)
         needs.setdefault(place.stat().st_dev, []).append((place, max(0, need)))
@@ -98,58 +116,7 @@ def refuse_full_disks(settings: Settings, model: StreamedModel, plan: Plan, rows
             )
 
 
-def resident_bytes() -> int:
-    """The memory this process has taken at its peak so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _peak(settings: Settings, model: StreamedModel, plan: Plan) -> int:
-    """Bytes on top of the program itself: the larger of the largest block and the head."""
-    always = _bytes(model, model.embedding_keys()) + _states(settings, model, settings.cal_rows)
-    return always + max(max(_block_peaks(settings, model)), _head_peak(settings, model, plan))
-
-
-def _block_peaks(settings: Settings, model: StreamedModel) -> Iterator[int]:
-    """A block, its Hessians and its largest linear; or a block and what runs through it."""
-    batch = max(BATCH_TOKENS, settings.cal_cols) * parallel.threads()
-    for i in range(model.num_blocks):
-        linears = list(model.block_linears(i).values())
-        block = _bytes(model, model.block_keys(i))
-        inputs = {
-            (linear.in_features, linear.out_features > linear.in_features) for linear in linears
-        }
-        hessians = 4 * sum(features**2 for features, _ in inputs)
-        running = 4 * batch * sum(linear.in_features + linear.out_features for linear in linears)
-        yield block + hessians + max(running, max(map(_linear_peak, linears)))
-
-
-def _head_peak(settings: Settings, model: StreamedModel, plan: Plan) -> int:
-    key, head = model.head()
-    if key not in plan.bits:
-        return 0
-    own = 0 if model.tied_head else 4 * head.weight.numel()
-    return own + 4 * head.in_features**2 + _linear_peak(head)
-
-
-def _linear_peak(linear: torch.nn.Linear) -> int:
-    """Of quantize_linear: three and a half copies of the weight, six of a float64 Hessian."""
-    rows, columns = padded(linear.in_features), padded(linear.out_features)
-    return int(3.5 * 4 * rows * columns) + 6 * 8 * rows**2
-
-
-def _states(settings: Settings, model: StreamedModel, rows: int) -> int:
-    hidden = model.config.get_text_config(decoder=True).hidden_size
-    return 4 * rows * settings.cal_cols * hidden
-
-
-def _bytes(model: StreamedModel, keys: list[str]) -> int:
-    """Of checkpoint tensors in the dtype they are loaded in."""
-    size = model.dtype.itemsize
-    return sum(size * torch.Size(model.checkpoint.shape(key)).numel() for key in keys)
-
-
-def _seconds(model: StreamedModel, plan: Plan, tokens: int) -> float:
+def _seconds(settings: Settings, model: StreamedModel, plan: Plan) -> float:
     """From the speed of a few tiles and of one product on one thread."""
     torch.manual_seed(0)
     tiles = torch.randn(64 * parallel.threads(), 256)
@@ -164,8 +131,17 @@ def _seconds(model: StreamedModel, plan: Plan, tokens: int) -> float:
     a_product = (time.monotonic() - began) / 1024**3 / parallel.threads()
     key, head = model.head()
     searched = plan.weights + (head.weight.numel() if key in plan.bits else 0)
-    # Two forwards and a Hessian, which takes about as long as one.
-    return searched * a_weight * 1.2 + 3 * plan.weights * tokens * a_product
+    return searched * a_weight * 1.2 + plan.weights * _passes(settings) * a_product
+
+
+def _passes(settings: Settings) -> float:
+    """How many tokens every weight meets, in forwards or in products that take about as long."""
+    # Two forwards and a Hessian; with two streams there are parts of forwards for every stage.
+    tokens = settings.cal_rows * (3.0 if settings.no_correction else 8.0)
+    if settings.hessian == "kron":
+        # Two forwards and backwards, and the Hessian of the outputs.
+        tokens += 8.0 * min(settings.hessian_rows, settings.cal_rows)
+    return tokens * settings.cal_cols + 4.0 * settings.tune * STEP_TOKENS
 
 
 def _existing(path: Path) -> Path:

@@ -5,6 +5,9 @@ calibration.safetensors  the calibration rows
 identity.json          hashes of source and rows: what the job works on
 layers/KEY.safetensors one finished linear
 states.safetensors     the hidden states that enter a block, and which block
+experts/NAME.json      how many tokens routing sent to each expert
+tuned/way.json         how the job tunes
+tuned/NAME.safetensors a tuning under way; as `result`, every tensor that it made another
 """
 
 import contextlib
@@ -17,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from exl3.errors import UserError
 from exl3.files import take_lock, write_json
+from exl3.jobs.streams import Streams
 from exl3.tensor_files import LazyTensor, write_safetensors
 
 
@@ -87,19 +91,48 @@ class WorkDir:
             {"report": json.dumps(report)},
         )
 
+    # Tokens that routing sent to experts
+
+    def save_counts(self, name: str, counts: list[int]) -> None:
+        """name: of the module that holds the experts."""
+        (self.path / "experts").mkdir(exist_ok=True)
+        write_json(self.path / "experts" / f"{name}.json", {"tokens": counts})
+
+    # Tuning
+
+    def save_tuning(self, name: str, tensors: dict[str, torch.Tensor], facts: dict) -> None:
+        """facts: what JSON can hold."""
+        (self.path / "tuned").mkdir(exist_ok=True)
+        write_safetensors(
+            self.path / "tuned" / f"{name}.safetensors",
+            [LazyTensor.of(key, t) for key, t in tensors.items()],
+            {"facts": json.dumps(facts)},
+        )
+
+    def load_tuning(self, name: str) -> tuple[dict[str, torch.Tensor], dict] | None:
+        """Tensors and facts, None if they were not saved."""
+        found = _read(self.path / "tuned" / f"{name}.safetensors")
+        return None if found is None else (found[0], json.loads(found[1]["facts"]))
+
     # Hidden states
 
-    def load_states(self) -> tuple[int, torch.Tensor | None]:
-        """The block the states enter, and the states (rows, cols, hidden); (0, None) at first."""
+    def load_states(self, streams: Streams) -> int:
+        """Fills in the states that were saved last; the block they enter, 0 if there are none."""
         found = _read(self.path / "states.safetensors")
-        return (int(found[1]["block"]), found[0]["states"]) if found else (0, None)
+        if found is None:
+            return 0
+        for name, kept in (("quantized", "states"), ("original", "original")):
+            if kept in found[0]:
+                states = streams.empty(*found[0][kept].shape)
+                setattr(streams, name, states.copy_(found[0].pop(kept)))
+        return int(found[1]["block"])
 
-    def save_states(self, block: int, states: torch.Tensor) -> None:
-        write_safetensors(
-            self.path / "states.safetensors",
-            [LazyTensor.of("states", states)],
-            {"block": str(block)},
-        )
+    def save_states(self, block: int, streams: Streams) -> None:
+        """Saves what enters a block."""
+        states = [LazyTensor.of("states", streams.quantized)]
+        if streams.paired:
+            states.append(LazyTensor.of("original", streams.original))
+        write_safetensors(self.path / "states.safetensors", states, {"block": str(block)})
 
 
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]] | None:

@@ -1,6 +1,7 @@
 """What enters a block's linears, in the order of the block's own data flow."""
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from exl3.errors import JobError
-from exl3.model.streamed import StreamedModel
+from exl3.model.streamed import Stop, StreamedModel
 
 
 @dataclass
@@ -99,6 +100,59 @@ def _tokens(seen: list[_Seen]) -> torch.Tensor:
     """(tokens, in_features): all calls of one linear, one after another."""
     rows = [s.tensor.reshape(-1, s.tensor.shape[-1]) for s in seen]
     return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+
+class Taps:
+    """Runs block i up to one of its modules and tells what went into some of them on the way.
+
+    modules: of the block, the last of which is where the run ends. The hooks are there inside the
+    `with` only; `run` may be called from several threads at once.
+    """
+
+    def __init__(self, model: StreamedModel, i: int, modules: Sequence[nn.Module]):
+        self.model, self.i, self.modules = model, i, modules
+        self._local = _LocalTaps()
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> "Taps":
+        for n, module in enumerate(self.modules):
+            self._hooks.append(module.register_forward_pre_hook(self._tap(n), with_kwargs=True))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        while self._hooks:
+            self._hooks.pop().remove()
+
+    def _tap(self, n: int) -> Any:
+        def tap(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self._local.seen is None:
+                return
+            self._local.seen[n] = (*args, *kwargs.values())
+            if n == len(self.modules) - 1:
+                raise Stop(None)
+
+        return tap
+
+    def run(
+        self, input_ids: torch.Tensor, state: torch.Tensor | None
+    ) -> list[tuple[Any, ...]] | None:
+        """The arguments of each module's call; None if the last was not called at all."""
+        seen = self._local.seen = {}
+        try:
+            self.model.run_block(self.i, input_ids, state)
+        finally:
+            self._local.seen = None
+        last = len(self.modules) - 1
+        return [seen[n] for n in range(len(self.modules))] if last in seen else None
+
+
+class _LocalTaps(threading.local):
+    seen: dict[int, tuple[Any, ...]] | None = None
+
+
+def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
+    """The tensor that a module was called with first, if any."""
+    return next((x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)), None)
 
 
 def capture_inputs(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from exl3 import parallel
 from exl3.format.hadamard import hadamard_columns, hadamard_rows
 
 # Of the mean: channels with a smaller scale count as much as this in the transformed Hessian.
@@ -61,18 +62,30 @@ def regularize(
     return Regularized(half_way, sign_in * _rms(half_way, 1), svh)
 
 
-def transform_hessian(hessian: torch.Tensor, suh: torch.Tensor) -> torch.Tensor:
-    """H (in, in) as errors of W_inner feel it: B diag(suh) H diag(suh) B, in H's dtype.
+def transform_hessian(hessian: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """H as errors of W_inner feel it: B diag(s) H diag(s) B, in H's dtype and in H's place.
 
+    For H of the inputs (in, in) s is suh, for H of the outputs (out, out) svh.
     Channels of scale zero have no say in the output, but were H nearly singular there, feedback
     would drive their errors beyond the codebook's range: they are taken for average ones.
     """
-    scale = suh.to(hessian.dtype)
+    scale = scales.to(hessian.dtype)
     mean = _mean_of_positive(scale.abs())
     scale = scale / mean
     small = scale.sign() * scale.abs().clamp(min=LEAST_SCALE)
     scale = torch.where(scale == 0, 1.0, small)
-    return hadamard_columns(hadamard_rows(hessian * scale[:, None] * scale[None, :]))
+
+    def rows(panel: slice) -> None:
+        hessian[panel] = hadamard_rows(hessian[panel] * scale[panel, None] * scale)
+
+    def columns(panel: slice) -> None:
+        hessian[:, panel] = hadamard_columns(hessian[:, panel])
+
+    size = parallel.PANEL
+    panels = [slice(a, a + size) for a in range(0, hessian.shape[0], size)]
+    parallel.each(rows, panels)
+    parallel.each(columns, panels)
+    return hessian
 
 
 def _signs(n: int, generator: torch.Generator) -> torch.Tensor:

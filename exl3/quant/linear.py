@@ -7,14 +7,16 @@ import torch
 import torch.nn.functional as F
 
 from exl3 import parallel
-from exl3.errors import UserError
+from exl3.errors import JobError, UserError
 from exl3.format.codebook import CODEBOOKS
 from exl3.format.layer import decode_layer, padded
 from exl3.format.trellis import TILE, pack
 from exl3.quant.hessian import DAMPING, block_ldl, damped, useless
 from exl3.quant.incoherence import PANEL, Regularized, regularize, transform_hessian
 from exl3.quant.ldlq import ldlq, round_plain
-from exl3.quant.scale import refine_scale, sample_columns, search_scale
+from exl3.quant.refit import refit_output_scales
+from exl3.quant.scale import refine_scale, sample_columns, search_scale, widened_scale
+from exl3.quant.two_sided import two_sided_ldlq
 
 # Which ways of scaling the outputs are tried.
 OUT_SCALES = {"always": (True,), "never": (False,), "auto": (True, False)}
@@ -23,7 +25,7 @@ OUT_SCALES = {"always": (True,), "never": (False,), "auto": (True, False)}
 # the scale without feedback is within 1% of the best (bench/ldlq_scale.py).
 WIDENED = (1, 2)
 
-USELESS = 0.9  # weight error that no layer should have; one bit gives about 0.3
+USELESS = 0.9  # error that no layer should have; one bit gives about 0.3
 
 # Columns of the samples that scales are searched on, without and with feedback.
 MOST_COLUMNS = MOST_LDLQ_COLUMNS = 128
@@ -37,6 +39,7 @@ class QuantizedLinear:
     weight: torch.Tensor  # what they decode to, float32 (in, out), without padding
     bits: int
     codebook: str
+    # Both relative to what the layer was asked to be: to the target, where there is one.
     weight_error: float  # squared Frobenius norms: |W - W_q|^2 / |W|^2
     proxy_error: float | None = None  # tr(E^T H E) / tr(W^T H W), None without a Hessian
     notes: list[str] = field(default_factory=list)  # what the user should know
@@ -49,6 +52,9 @@ def quantize_linear(
     codebook: str = "mul1",
     seed: int = 0,
     *,
+    target: torch.Tensor | None = None,
+    output_hessian: torch.Tensor | None = None,
+    output_damping: float = DAMPING,
     out_scales: str = "always",
     name: str = "the weight",
 ) -> QuantizedLinear:
@@ -59,46 +65,56 @@ def quantize_linear(
     feedback. bits: K, 1 to 8. seed: of the random signs. out_scales: "always" one scale for every
     output channel, "never" (one for all), or "auto", what promises less error. name: of the
     tensor, for messages.
-    UserError for non-finite weights; ValueError for arguments that do not fit together.
+
+    target: W' (in, out), what the layer is to be instead of W (`exl3.quant.correction`); it is what
+    is encoded, and all errors are relative to it. output_hessian: mean of d^T d (out, out), d the
+    loss's gradient by the outputs; with it errors are fed back across columns too
+    (`two_sided_ldlq`), and the sum of squares that becomes small is no longer the proxy error,
+    which may grow: compare outputs. It is of no use without `hessian`. output_damping: what is
+    added to its diagonal, of the mean, once it is transformed. Memory for it: two and a half copies
+    of (out, out) in float64 (4.1 GB for 14336 outputs), and one more copy of the weight.
+
+    UserError for non-finite weights, JobError for a non-finite target; ValueError for arguments
+    that do not fit together.
     """
     _check(weight, hessian, bits, codebook, out_scales, name)
+    _check_extras(weight, target, output_hessian, name)
     with parallel.one_thread_per_op():
-        weight = weight.detach().float().cpu()
-        regular, scale = _scaled(_padded(weight), bits, codebook, seed, out_scales)
+        wanted = (weight if target is None else target).detach().float().cpu()
+        regular, scale, error = _scaled(_padded(wanted), bits, codebook, seed, out_scales)
         feedback, notes = _feedback(hessian, regular.input_scales)
-        if feedback is not None and bits in WIDENED:
-            width = min(max(regular.svh.shape[0] // 32, TILE), MOST_LDLQ_COLUMNS)
-            sample = regular.sample(sample_columns(regular.svh.shape[0], width))
-            scale = refine_scale(sample, scale, *feedback, bits, codebook)
-        suh = (regular.input_scales / scale).half()
-        if not (torch.isfinite(suh).all() and torch.isfinite(regular.svh).all()):
-            raise UserError(
-                f"{name} has weights up to {float(weight.abs().max()):.3g}, beyond what scales in "
-                "float16 can hold: the source model is damaged; download it again"
-            )
-        inner = regular.inner(suh)
-        if feedback is None:
-            states = round_plain(inner, bits, codebook)
-        else:
-            states = ldlq(inner, feedback[0], bits, codebook)
+        if feedback is not None:
+            if output_hessian is not None:
+                notes += _add_outputs(feedback, output_hessian, regular.svh, output_damping)
+            scale = _refined(regular, scale, error, feedback, bits, codebook)
+        suh = _stored_input_scales(regular, scale, wanted, name)
+        states = _encode(regular.inner(suh), feedback, bits, codebook)
         tensors = {"trellis": pack(states, bits), "suh": suh, "svh": regular.svh}
-        fed_back = feedback is not None
-        del regular, inner, feedback, states  # a head's take gigabytes
+        sides = 0 if feedback is None else 1 if feedback.factor_out is None else 2
+        del regular, feedback, states  # a head's take gigabytes
         if (marker := CODEBOOKS[codebook].marker) is not None:
             tensors[codebook] = marker
-        decoded = decode_layer(tensors)[: weight.shape[0], : weight.shape[1]].contiguous()
-        error = weight_error(weight, decoded)
-        if error > USELESS:
-            notes.append(f"{error:.0%} of the weights' energy is lost: they span too wide a range")
-        return QuantizedLinear(
-            tensors,
-            decoded,
-            bits,
-            codebook,
-            weight_error=error,
-            proxy_error=proxy_error(weight, decoded, hessian) if fed_back else None,
-            notes=notes,
-        )
+        decoded = _decoded(tensors, weight.shape)
+        if sides and not _uniform(tensors["svh"]):
+            factors = refit_output_scales(wanted, decoded, hessian)
+            svh = tensors["svh"][: len(factors)]
+            svh.copy_((svh.float() * factors).half())
+            decoded = _decoded(tensors, weight.shape)
+        lost = weight_error(wanted, decoded)
+        proxy = proxy_error(wanted, decoded, hessian) if sides else None
+        notes += _lost(lost, proxy, sides)
+        return QuantizedLinear(tensors, decoded, bits, codebook, lost, proxy, notes)
+
+
+def _uniform(svh: torch.Tensor) -> bool:
+    """Whether there is one scale for all outputs, which must stay one."""
+    used = svh[svh != 0].abs()
+    return bool((used == used[:1]).all())
+
+
+def _decoded(tensors: dict[str, torch.Tensor], shape: torch.Size) -> torch.Tensor:
+    """What a layer's tensors stand for, without padding."""
+    return decode_layer(tensors)[: shape[0], : shape[1]].contiguous()
 
 
 def weight_error(weight: torch.Tensor, decoded: torch.Tensor) -> float:
@@ -141,11 +157,36 @@ def _check(
         raise ValueError(f"out_scales must be one of {', '.join(OUT_SCALES)}, not {out_scales!r}")
     if codebook not in CODEBOOKS:
         raise ValueError(f"unknown codebook {codebook!r}; there are {', '.join(CODEBOOKS)}")
+    refuse_non_finite(weight, name)
+
+
+def refuse_non_finite(weight: torch.Tensor, name: str) -> None:
+    """UserError unless all values of an original tensor are finite."""
     bad = weight.numel() - int(torch.isfinite(weight).sum())
     if bad:
         raise UserError(
             f"{name} holds {bad:,} non-finite values of {weight.numel():,}: "
             f"the source model is damaged; download it again"
+        )
+
+
+def _check_extras(
+    weight: torch.Tensor,
+    target: torch.Tensor | None,
+    output_hessian: torch.Tensor | None,
+    name: str,
+) -> None:
+    if target is not None and target.shape != weight.shape:
+        raise ValueError(f"{name} is {weight.shape}, its target {target.shape}")
+    if output_hessian is not None and output_hessian.shape != (weight.shape[1],) * 2:
+        raise ValueError(
+            f"{name} has {weight.shape[1]} outputs, their Hessian is {output_hessian.shape}"
+        )
+    if target is not None and not torch.isfinite(target).all():
+        bad = target.numel() - int(torch.isfinite(target).sum())
+        raise JobError(
+            f"{name}: its correction for earlier errors holds {bad:,} non-finite values of "
+            f"{target.numel():,}: convert with other calibration rows, or without the correction"
         )
 
 
@@ -160,9 +201,9 @@ def _padded(weight: torch.Tensor) -> torch.Tensor:
 
 def _scaled(
     weight: torch.Tensor, bits: int, codebook: str, seed: int, out_scales: str
-) -> tuple[Regularized, float]:
-    """Regularized weights, and the scale at which they are encoded best without feedback."""
-    best: tuple[float, Regularized, float] | None = None
+) -> tuple[Regularized, float, float]:
+    """Regularized weights, the scale at which they are encoded best without feedback, its error."""
+    best: tuple[float, Regularized, float, float] | None = None
     for with_outputs in OUT_SCALES[out_scales]:
         generator = torch.Generator().manual_seed(seed)
         regular = regularize(weight, generator, with_outputs)
@@ -171,31 +212,120 @@ def _scaled(
             sample = regular.sample(sample_columns(weight.shape[1], MOST_COLUMNS))
             scale, error = search_scale(sample, bits, codebook)
         # An error of the inner matrix reaches the output through both scales.
-        error *= float(regular.input_scales.square().mean() * regular.svh.float().square().mean())
-        if best is None or error < best[0]:
-            best = (error, regular, scale)
+        through = float(regular.input_scales.square().mean() * regular.svh.float().square().mean())
+        if best is None or error * through < best[0]:
+            best = (error * through, regular, scale, error)
     return best[1:]
+
+
+@dataclass
+class _Feedback:
+    """What errors of W_inner are fed back with: float32."""
+
+    factor: torch.Tensor  # L (in, in)
+    hessian: torch.Tensor | None  # that L comes from; None once the scale is found
+    factor_out: torch.Tensor | None = None  # L of the outputs (out, out)
 
 
 def _feedback(
     hessian: torch.Tensor | None, input_scales: torch.Tensor
-) -> tuple[tuple[torch.Tensor, torch.Tensor] | None, list[str]]:
-    """L and the Hessian it comes from, float32 (in, in), as errors of W_inner feel it; and notes.
-
-    None for plain rounding.
-    """
+) -> tuple[_Feedback | None, list[str]]:
+    """None for plain rounding; and notes."""
     if reason := useless(hessian):
         return None, [f"{reason}: rounded without error feedback"]
     if not input_scales.any():
         return None, []  # nothing but zeros
-    rows, size = hessian.shape[0], input_scales.shape[0]
-    for damping, h in damped(hessian.double().cpu()):
-        h = F.pad(h, (0, size - rows, 0, size - rows))
-        h.diagonal()[rows:] = h.diagonal()[:rows].mean()
-        h = transform_hessian(h, input_scales)
+    for damping, h in damped(hessian.cpu()):
+        h = transform_hessian(_padded_hessian(h, input_scales.shape[0]), input_scales)
         factor = block_ldl(h)
         if factor is not None:
             extra = damping > DAMPING
             notes = [f"the Hessian needed a damping of {damping:g}"] if extra else []
-            return (factor.float(), h.float()), notes
+            return _Feedback(factor.float(), h.float()), notes
     return None, ["the Hessian is not positive definite: rounded without error feedback"]
+
+
+def _add_outputs(
+    feedback: _Feedback, hessian: torch.Tensor, svh: torch.Tensor, damping: float
+) -> list[str]:
+    """Adds the factor of the outputs' Hessian, if it can serve; and notes."""
+    if reason := useless(hessian):
+        return [f"outputs with {reason}: errors fed back by inputs only"]
+    for used, h in damped(hessian.cpu(), damping):
+        h = transform_hessian(_padded_hessian(h, svh.shape[0]), svh)
+        factor = block_ldl(h)
+        del h  # 1.6 GB for 14336 outputs
+        if factor is not None:
+            feedback.factor_out = factor.float()
+            return [f"the outputs' Hessian needed a damping of {used:g}"] if used > damping else []
+    return ["the outputs' Hessian is not positive definite: errors fed back by inputs only"]
+
+
+def _padded_hessian(hessian: torch.Tensor, size: int) -> torch.Tensor:
+    """The Hessian itself, or with average, independent channels up to `size`."""
+    rows = hessian.shape[0]
+    if rows == size:
+        return hessian
+    h = F.pad(hessian, (0, size - rows, 0, size - rows))
+    h.diagonal()[rows:] = hessian.diagonal().mean()
+    return h
+
+
+def _refined(
+    regular: Regularized,
+    scale: float,
+    error: float,
+    feedback: _Feedback,
+    bits: int,
+    codebook: str,
+) -> float:
+    """The scale under feedback, where that is another; the Hessian is not needed any more.
+
+    scale, error: the best ones without feedback.
+    """
+    if feedback.factor_out is not None:
+        scale = widened_scale(scale, error, feedback.factor, feedback.factor_out)
+    elif bits in WIDENED:
+        columns = regular.svh.shape[0]
+        width = min(max(columns // 32, TILE), MOST_LDLQ_COLUMNS)
+        sample = regular.sample(sample_columns(columns, width))
+        scale = refine_scale(sample, scale, feedback.factor, feedback.hessian, bits, codebook)
+    feedback.hessian = None
+    return scale
+
+
+def _stored_input_scales(
+    regular: Regularized, scale: float, weight: torch.Tensor, name: str
+) -> torch.Tensor:
+    """suh, float16 (in,). UserError where float16 cannot hold the scales."""
+    suh = (regular.input_scales / scale).half()
+    if not (torch.isfinite(suh).all() and torch.isfinite(regular.svh).all()):
+        raise UserError(
+            f"{name} has weights up to {float(weight.abs().max()):.3g}, beyond what scales in "
+            "float16 can hold: the source model is damaged; download it again"
+        )
+    return suh
+
+
+def _encode(
+    inner: torch.Tensor, feedback: _Feedback | None, bits: int, codebook: str
+) -> torch.Tensor:
+    """States of inner, whose place its errors take."""
+    if feedback is None:
+        return round_plain(inner, bits, codebook)
+    if feedback.factor_out is None:
+        return ldlq(inner, feedback.factor, bits, codebook)
+    return two_sided_ldlq(inner, feedback.factor, feedback.factor_out, bits, codebook)
+
+
+def _lost(weight_error: float, proxy_error: float | None, sides: int) -> list[str]:
+    """A note on a layer that is lost: told by what its rounding was to make small.
+
+    Feedback by inputs trades weight error for proxy error, feedback by outputs trades that for the
+    loss: there neither tells, and only outputs can be compared.
+    """
+    if sides == 0 and weight_error > USELESS:
+        return [f"{weight_error:.0%} of the weights' energy is lost: they span too wide a range"]
+    if sides == 1 and proxy_error > USELESS:
+        return [f"{proxy_error:.0%} of the outputs' energy is lost: weights span too wide a range"]
+    return []

@@ -16,6 +16,7 @@ GAUSSIAN_SCALE = {
 STEP = 1.06  # ratio between the three scales that are tried
 MOST_TILES = 64  # a sample's
 LDLQ_STEP = 0.9  # ratio between the three scales that are tried with feedback
+PROBES = 32  # random vectors that tell how much feedback widens errors
 
 
 def sample_columns(columns: int, most: int) -> torch.Tensor:
@@ -61,6 +62,28 @@ def refine_scale(
     center = scale * LDLQ_STEP
     errors = [objective(center * LDLQ_STEP ** (-i)) for i in (-1, 0, 1)]
     return center * LDLQ_STEP ** (-_lowest(errors, 1.4))
+
+
+def widened_scale(
+    scale: float, error: float, factor_in: torch.Tensor, factor_out: torch.Tensor
+) -> float:
+    """The scale under feedback in both directions, from the best one without and its error.
+
+    Rounding leaves noise N of variance d = `error` of its targets, and errors of the weights are
+    E = L_in^-T N L_out^-1; so targets, W - E + N, have the variance 1 + d (t_in t_out - 1) with
+    t = |L^-1|^2 / n, and are brought back to that of W. No search: objectives of a few columns are
+    dominated by few directions, and too noisy (bench/two_sided.py --scales).
+    """
+    widened = _energy_of_inverse(factor_in) * _energy_of_inverse(factor_out)
+    return scale / (1 + error * (widened - 1)) ** 0.5
+
+
+def _energy_of_inverse(factor: torch.Tensor) -> float:
+    """|L^-1|^2 / n of a unit lower triangular L (n, n), from random signs (Hutchinson)."""
+    generator = torch.Generator().manual_seed(0)
+    signs = torch.randint(0, 2, (factor.shape[0], PROBES), generator=generator).float() * 2 - 1
+    found = torch.linalg.solve_triangular(factor, signs, upper=False)
+    return float(found.double().square().mean())
 
 
 def _lowest(errors: list[float], most: float) -> float:

@@ -1,0 +1,206 @@
+#!/usr/bin/env python3
+"""What each part of a conversion is worth: KLD of quants made with and without it.
+
+    python bench/fidelity.py MODEL --text TRAIN --judge TEXT --out results.json
+        [--bits 2 3 4] [--variants baseline both] [--seeds 3] [--chart fidelity.png]
+
+TEXT must not be part of TRAIN. Every result goes to the JSON as it comes; what is there already is
+not made again, so that the study can be stopped and go on. Prints a table: mean KLD over the seeds,
+its 95% interval (bootstrap over evaluation rows), the ratio to the baseline, CPU seconds.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+
+from exl3.data.rows import evaluation_rows
+from exl3.data.tokenizer import load_tokenizer
+from exl3.evaluate.metrics import row_metrics
+from exl3.evaluate.stream import stream_logits
+from exl3.files import write_json
+from exl3.jobs.convert import convert
+from exl3.jobs.flags import convert_parser
+from exl3.jobs.settings import read_request
+from exl3.model.quantized import open_model
+
+PLAIN = ["--no_correction", "--hessian", "input"]
+# Variant: flags of convert.py on top of the study's own.
+VARIANTS = {
+    "baseline": PLAIN,  # the ones of this name: without what `plain` switches off besides
+    "refit": PLAIN,
+    "correction": ["--hessian", "input"],
+    "output Hessians": ["--no_correction"],
+    "both": [],
+    "both, tuned": ["--tune", "40"],
+    "baseline, tuned": [*PLAIN, "--tune", "40"],
+    "both, 64 rows of gradients": ["--hessian_rows", "64"],
+    "both, 256 rows": ["-cr", "256"],
+    "baseline, 256 rows": [*PLAIN, "-cr", "256"],
+    "both, mcg": ["-cb", "mcg"],
+    "both, 3inst": ["-cb", "3inst"],
+}
+MAIN = ("baseline", "correction", "output Hessians", "both")
+RESAMPLES = 2000
+
+
+@contextlib.contextmanager
+def plain() -> Iterator[None]:
+    """LDLQ as it is known: scales are not fitted again, experts' tokens all count alike."""
+
+    def ones(wanted: torch.Tensor, decoded: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
+        return torch.ones(wanted.shape[1])
+
+    with (
+        mock.patch("exl3.quant.linear.refit_output_scales", ones),
+        mock.patch("exl3.jobs.experts.own_weights", torch.zeros_like),
+    ):
+        yield
+
+
+def make_quant(
+    args: argparse.Namespace, flags: list[str], bits: float, seed: int, out: Path, bare: bool
+) -> float:
+    """Converts and returns the CPU seconds it took."""
+    text = ["-c", str(args.text)] if args.text else []
+    given = [
+        *("-i", str(args.model), "-o", str(out / "quant"), "-w", str(out / "work")),
+        *("-b", f"{bits:g}", "-hb", "6", "-cr", str(args.rows), "-cc", str(args.length), *text),
+        *("--seed", str(seed), "--check_rows", "0", *flags),
+    ]
+    request = read_request(convert_parser().parse_args(given))
+    began = time.process_time()
+    with contextlib.redirect_stdout(io.StringIO()), plain() if bare else contextlib.nullcontext():
+        convert(request)
+    return time.process_time() - began
+
+
+class Judge:
+    """The original's logits on the evaluation rows, and quants against them."""
+
+    def __init__(self, model: Path, text: Path, rows: int, length: int) -> None:
+        self.rows = evaluation_rows(load_tokenizer(model), text.read_text(), length, rows)
+        self.expected = [logits for _, logits in stream_logits(open_model(model), self.rows)]
+
+    def kld(self, quant: Path) -> list[float]:
+        """Mean KL(original || quant) of every row."""
+        found = []
+        for i, logits in stream_logits(open_model(quant), self.rows):
+            metrics = row_metrics(logits, self.rows[i : i + 1], self.expected[i])
+            found.append(float(metrics["kld"].mean()))
+        return found
+
+
+def interval(rows: np.ndarray) -> tuple[float, float]:
+    """95% bootstrap interval of the mean over rows; rows: (seeds, rows), seeds averaged."""
+    means = rows.mean(0)
+    picked = np.random.default_rng(0).integers(0, len(means), (RESAMPLES, len(means)))
+    low, high = np.quantile(means[picked].mean(1), (0.025, 0.975))
+    return float(low), float(high)
+
+
+def ratio_interval(rows: np.ndarray, base: np.ndarray) -> tuple[float, float]:
+    """95% bootstrap interval of a ratio of means over the same rows."""
+    a, b = rows.mean(0), base.mean(0)
+    picked = np.random.default_rng(0).integers(0, len(a), (RESAMPLES, len(a)))
+    low, high = np.quantile(a[picked].mean(1) / b[picked].mean(1), (0.025, 0.975))
+    return float(low), float(high)
+
+
+def print_table(results: dict[str, dict], seeds: int) -> None:
+    print("| bits | variant | KLD | 95% | of baseline | 95% | CPU s |")
+    print("|---|---|---|---|---|---|---|")
+    for bits in sorted({r["bits"] for r in results.values()}):
+        tables: dict[str, list[dict]] = {}
+        for r in results.values():
+            if r["bits"] == bits and r["seed"] < seeds:
+                tables.setdefault(r["variant"], []).append(r)
+        base = tables.get("baseline")
+        for variant in (v for v in VARIANTS if v in tables):
+            rows = np.array([r["rows"] for r in tables[variant]])
+            cpu = np.mean([r["cpu"] for r in tables[variant]])
+            low, high = interval(rows)
+            text = f"| {bits:g} | {variant} | {rows.mean():.5f} | {low:.5f}–{high:.5f} | "
+            if base:
+                of = np.array([r["rows"] for r in base])
+                low, high = ratio_interval(rows, of)
+                text += f"{rows.mean() / of.mean():.3f} | {low:.3f}–{high:.3f} | "
+            print(f"{text}{cpu:.0f} |")
+
+
+def draw(results: dict[str, dict], path: Path, title: str) -> None:
+    """KLD against bits, one line a variant."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5), dpi=120)
+    for variant in MAIN:
+        found = [r for r in results.values() if r["variant"] == variant]
+        bits = sorted({r["bits"] for r in found})
+        rows = [np.array([r["rows"] for r in found if r["bits"] == b]) for b in bits]
+        if bits:
+            means = np.array([r.mean() for r in rows])
+            ends = np.array([interval(r) for r in rows]).T
+            axes.errorbar(bits, means, abs(ends - means), marker="o", capsize=3, label=variant)
+    axes.set_yscale("log")
+    axes.set_xlabel("bits per weight (codes of the decoder)")
+    axes.set_ylabel("KL divergence from the original")
+    axes.set_title(title)
+    axes.grid(True, which="both", alpha=0.25)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--text", type=Path, help="calibration text (default: the built-in mix)")
+    parser.add_argument("--judge", type=Path, required=True, help="evaluation text")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--bits", type=float, nargs="+", default=[2, 3, 4])
+    parser.add_argument("--variants", nargs="+", default=list(MAIN), choices=VARIANTS)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--judge_rows", type=int, default=32)
+    parser.add_argument("--chart", type=Path)
+    args = parser.parse_args()
+    results = json.loads(args.out.read_text()) if args.out.exists() else {}
+    wanted = [
+        (f"{variant} {bits:g} {seed}", variant, bits, seed)
+        for seed in range(args.seeds)
+        for bits in args.bits
+        for variant in args.variants
+    ]
+    missing = [entry for entry in wanted if entry[0] not in results]
+    judge = None
+    if missing:
+        judge = Judge(args.model, args.judge, args.judge_rows, args.length)
+    for name, variant, bits, seed in missing:
+        folder = Path(tempfile.mkdtemp(prefix="fidelity-"))
+        bare = variant.startswith("baseline")
+        cpu = make_quant(args, VARIANTS[variant], bits, seed, folder, bare)
+        rows = judge.kld(folder / "quant")
+        results[name] = {"variant": variant, "bits": bits, "seed": seed, "cpu": cpu, "rows": rows}
+        write_json(args.out, results)
+        shutil.rmtree(folder)
+        print(f"{name}: KLD {np.mean(rows):.5f}, {cpu:.0f} CPU s", flush=True)
+    print_table({entry[0]: results[entry[0]] for entry in wanted}, args.seeds)
+    if args.chart:
+        draw(results, args.chart, f"{args.model.name}, {args.seeds} seeds")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,213 @@
+"""A block, from what enters it to what leaves it: load, capture, quantize, save, advance, free.
+
+Two ways. In order (the default): two streams of states, the original's and the quantized model's,
+travel side by side; linears are taken in the order of the block's own data flow, each captured
+behind the quantized ones before it and asked to make up for their errors. At once: all linears of
+a block are calibrated on what enters its original layers.
+"""
+
+from collections.abc import Iterable
+
+import torch
+
+from exl3.jobs.block import Block
+from exl3.jobs.experts import (
+    ExpertInputs,
+    expert_inputs,
+    find_lacking,
+    hidden_hessian,
+    hidden_moments,
+    input_moments,
+    tell_counts,
+)
+from exl3.jobs.inputs import Calibration, block_hessians, stage_moments
+from exl3.jobs.job import Job, encode_cost
+from exl3.jobs.output_hessians import (
+    MOST_OUTPUTS,
+    OutputHessian,
+    SavedHessian,
+    block_output_hessians,
+    load_output_hessians,
+    save_output_hessians,
+)
+from exl3.jobs.quantize import quantize
+from exl3.jobs.streams import SAMPLE_ROWS, Streams, enter, run_block
+from exl3.model.flow import Stage, find_flow
+from exl3.quant.correction import Moments
+from exl3.quant.hessian import Hessian
+
+
+def convert_block(job: Job, i: int, streams: Streams) -> None:
+    """Quantizes what is not yet quantized of block i, and moves the streams behind it."""
+    job.progress.doing(f"{job.source.model.block_name(i)}, calibrating")
+    block = Block.load(job.source.model, i)
+    try:
+        finished = [key for key in block.linears if job.work.has_layer(key)]
+        job.progress.skip(sum(encode_cost(block.linears[key]) for key in finished))
+        block.output_hessians = _output_hessians(job, block, set(finished))
+        if job.corrects:
+            reference = _quantize_in_order(job, block, streams, set(finished))
+        else:
+            reference = _quantize_at_once(job, block, streams, set(finished))
+        for key, linear in block.linears.items():
+            if key not in block.quantized:
+                quantize(job, key, linear, block.loaded[key], None)  # if nothing ever enters it
+                block.settle(key, job.work)
+            block.forget(key)
+        job.progress.doing(f"{block.name}, advancing")
+        block.advance_quantized(streams)
+    finally:
+        block.free()
+    picked = sample(streams.rows)
+    error = relative_error(reference, streams.quantized[picked])
+    job.progress.say(f"{block.name}: relative error {error:.4f}")
+    job.progress.advance(job.forward_cost(i))
+
+
+def _output_hessians(
+    job: Job, block: Block, finished: set[str]
+) -> dict[str, OutputHessian | SavedHessian]:
+    """Of the linears that are not finished, as far as they are wanted; those of an earlier job
+    with the same rows where --save_hessians has them."""
+    missing = {
+        key: linear
+        for key, linear in block.linears.items()
+        if key not in finished and linear.out_features <= MOST_OUTPUTS
+    }
+    if job.boundaries is None or not missing:
+        return {}
+    folder, identity = job.settings.save_hessians, job.boundaries.identity
+    saved = load_output_hessians(folder, missing, identity) if folder else {}
+    missing = {key: linear for key, linear in missing.items() if key not in saved}
+    if not missing:
+        return saved
+    job.progress.doing(f"{block.name}, gradients")
+    found = block_output_hessians(block.model, block.i, missing, job.boundaries)
+    if folder:
+        save_output_hessians(folder, found, identity)
+    return saved | found
+
+
+def _flow(block: Block, streams: Streams) -> list[Stage]:
+    """The block's stages, experts last: nothing in a block waits for them."""
+    part = streams.batches()[0]
+    state = enter(streams.quantized, part)
+    stages = find_flow(
+        block.model,
+        block.i,
+        block.module,
+        block.plain_linears(),
+        block.experts,
+        streams.rows[part],
+        state,
+    )
+    return sorted(stages, key=lambda stage: stage.experts)
+
+
+# In order
+
+
+def _quantize_in_order(
+    job: Job, block: Block, streams: Streams, finished: set[str]
+) -> torch.Tensor:
+    """Quantizes the block, moves the original's stream behind it; returns a sample of that."""
+    stages = _flow(block, streams)
+    for key in finished.intersection(block.plain_linears()):
+        block.settle(key, job.work)
+    inputs: list[tuple[Stage, ExpertInputs]] = []
+    for stage in stages:
+        if stage.experts:
+            job.progress.doing(f"{block.name}.{stage.keys[0]}, inputs")
+            inputs.append((stage, expert_inputs(block, stage, streams)))
+        elif not finished.issuperset(stage.keys):
+            _quantize_stage(job, block, stage, streams)
+            if job.thrift.replay and stage is not stages[-1]:
+                block.replay_settled()
+    job.progress.doing(f"{block.name}, advancing the original")
+    block.advance_original(streams)
+    for key in block.plain_linears():
+        if key in block.quantized:
+            block.forget(key)
+    for stage, entering in inputs:
+        entering.lacking = find_lacking(block, stage, entering, streams)
+        _quantize_experts(job, block, stage, entering)
+    return streams.original[sample(streams.rows)]
+
+
+def _quantize_stage(job: Job, block: Block, stage: Stage, streams: Streams) -> None:
+    job.progress.doing(f"{stage.keys[0]}, calibrating")
+    _quantize_alike(job, block, stage.keys, stage_moments(block, stage, streams))
+    for key in stage.keys:
+        block.settle(key, job.work)
+
+
+def _quantize_alike(job: Job, block: Block, keys: Iterable[str], seen: Moments | Hessian) -> None:
+    """Quantizes linears with the same input."""
+    calibration = Calibration.of(seen)
+    for key in keys:
+        output_hessian = block.output_hessian(key)
+        quantize(job, key, block.linears[key], block.loaded[key], calibration, output_hessian)
+
+
+# At once
+
+
+def _quantize_at_once(job: Job, block: Block, streams: Streams, finished: set[str]) -> torch.Tensor:
+    """Quantizes the block; returns a sample of what leaves it unquantized."""
+    picked = sample(streams.rows)
+    states = enter(streams.quantized, picked)
+    reference = run_block(block.model, block.i, streams.rows[picked], states)
+    missing = [key for key in block.plain_linears() if key not in finished]
+    flow = _flow(block, streams) if block.experts else []
+    stages = [stage for stage in flow if stage.experts]
+    inputs = [(stage, expert_inputs(block, stage, streams)) for stage in stages]
+    if missing:
+        for keys, hessian in block_hessians(block, missing, streams):
+            _quantize_alike(job, block, keys, hessian)
+    for stage, entering in inputs:
+        _quantize_experts(job, block, stage, entering)
+    return reference
+
+
+# Experts, in both ways
+
+
+def _quantize_experts(job: Job, block: Block, stage: Stage, inputs: ExpertInputs) -> None:
+    tell_counts(job, f"{block.name}.{stage.keys[0]}", inputs.counts())
+    keys = {id(linear): key for key, linear in block.linears.items()}
+    for e in range(inputs.experts.num_experts):
+        parts = {role: keys[id(linear)] for role, linear in inputs.experts.linears(e).items()}
+        before = inputs.output(e)
+        if not all(job.work.has_layer(key) for key in parts.values()):
+            _quantize_expert(job, block, inputs, e, parts)
+        for key in parts.values():
+            block.settle(key, job.work)
+            block.forget(key)
+        inputs.settle(e, before)
+
+
+def _quantize_expert(
+    job: Job, block: Block, inputs: ExpertInputs, e: int, parts: dict[str, str]
+) -> None:
+    """Gate and up; then down, in order behind them as they are quantized by then."""
+    entering = [key for role, key in parts.items() if role != "down"]
+    job.progress.doing(f"{entering[0]}, calibrating")
+    _quantize_alike(job, block, entering, input_moments(inputs, e))
+    job.progress.doing(f"{parts['down']}, calibrating")
+    if job.corrects:
+        for key in entering:
+            block.settle(key, job.work)
+        seen = hidden_moments(inputs, e, block, entering)
+    else:
+        seen = hidden_hessian(inputs, e)
+    _quantize_alike(job, block, [parts["down"]], seen)
+
+
+def sample(rows: torch.Tensor) -> torch.Tensor:
+    """Indices of the rows on which a block's error is measured, evenly spread."""
+    return torch.linspace(0, len(rows) - 1, min(SAMPLE_ROWS, len(rows))).long()
+
+
+def relative_error(reference: torch.Tensor, other: torch.Tensor) -> float:
+    """|other - reference| / |reference|, Frobenius norms."""
+    return float((other - reference).double().norm() / reference.double().norm())

@@ -1,0 +1,232 @@
+"""The experts of a block, one after another: what enters them, and what each is asked to be."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from exl3 import parallel
+from exl3.jobs.block import Block
+from exl3.jobs.inputs import tokens
+from exl3.jobs.job import Job
+from exl3.jobs.streams import BATCH_TOKENS, Streams
+from exl3.model.capture import Taps
+from exl3.model.experts import LinearExperts
+from exl3.model.flow import Stage
+from exl3.quant.correction import Moments
+from exl3.quant.hessian import Hessian
+
+FAIR = 0.1  # of its fair share of tokens: an expert with less is reported
+# All tokens together count for an expert as so many of its own for every dimension; less fits it
+# too closely to those few (3% more KLD with 1).
+SHARED_TOKENS = 8.0
+
+
+@dataclass
+class ExpertInputs:
+    """What enters the experts of a block, for all calibration tokens."""
+
+    experts: LinearExperts
+    quantized: torch.Tensor  # (tokens, hidden)
+    index: torch.Tensor  # (tokens, k): the experts a token is sent to, in the quantized model
+    share: torch.Tensor  # (tokens, k): by how much their outputs count
+    original: torch.Tensor | None = None  # (tokens, hidden): in the original, where it is followed
+    # (tokens, hidden): what the experts' output would have to add for the block to give what the
+    # original's gives; None where that is not followed or not to be seen.
+    lacking: torch.Tensor | None = None
+    everyone: Moments | Hessian | None = None  # of what enters gate and up, all tokens alike
+
+    def counts(self) -> list[int]:
+        """Tokens that routing sends to each expert."""
+        return torch.bincount(self.index.flatten(), minlength=self.experts.num_experts).tolist()
+
+    def shares(self, e: int) -> torch.Tensor:
+        """(tokens,): by how much expert e counts for each token, 0 where it is not asked."""
+        return (self.share * (self.index == e)).sum(1)
+
+    def output(self, e: int) -> torch.Tensor | None:
+        """What expert e gives at present for the tokens that ask it; None if nothing is lacking."""
+        if self.lacking is None:
+            return None
+        x = self.quantized[self.shares(e) != 0]
+        down = self.experts.linears(e)["down"]
+        found = parallel.each(lambda x: down(self.experts.hidden(e, x)), x.split(BATCH_TOKENS))
+        return torch.cat(found)
+
+    def settle(self, e: int, before: torch.Tensor | None) -> None:
+        """Takes expert e's change, from its output `before` it was quantized, into account."""
+        if before is not None:
+            shares = self.shares(e)
+            asked = shares != 0
+            change = before - self.output(e)
+            self.lacking[asked] += shares[asked, None] * change
+
+
+def expert_inputs(block: Block, stage: Stage, streams: Streams) -> ExpertInputs:
+    """What enters the experts of a stage; the quantized model's routing decides.
+
+    With two streams the block computes with what is quantized so far and with the original's
+    weights in turn, else with its present weights.
+    """
+    experts = block.experts[stage.keys[0]]
+    with Taps(block.model, block.i, [experts]) as taps:
+        quantized = _all_tokens(streams, partial(block.run_quantized, run=taps.run), 3)
+        original = [None]
+        if streams.paired:
+            original = _all_tokens(streams, partial(block.run_original, run=taps.run), 1)
+    return ExpertInputs(experts, *quantized, original[0])
+
+
+def find_lacking(
+    block: Block, stage: Stage, inputs: ExpertInputs, streams: Streams
+) -> torch.Tensor | None:
+    """What the experts' output lacks, (tokens, hidden), while none of them is quantized yet.
+
+    streams.original is behind the block already, streams.quantized in front of it.
+    """
+    if stage.residual is None:
+        return None
+    lacking = streams.empty(*streams.rows.shape, streams.original.shape[-1])
+    for wave in streams.waves():
+        run = partial(block.model.run_block, block.i)
+        for part, out in zip(wave, block.run_quantized(streams, wave, run), strict=True):
+            lacking[part] = (streams.original[part] - out) / stage.residual.scale
+    return tokens(lacking)
+
+
+def _all_tokens(
+    streams: Streams, run: Callable[[Streams, list[slice]], list[Any]], arguments: int
+) -> list[torch.Tensor]:
+    """The first arguments of the experts' calls, of all tokens: each (tokens, ...)."""
+    found: list[torch.Tensor] = []
+    cols = streams.rows.shape[1]
+    for wave in streams.waves():
+        for part, calls in zip(wave, run(streams, wave), strict=True):
+            seen = [tokens(a) for a in calls[0][:arguments]]
+            if not found:
+                total = streams.rows.numel()
+                found = [streams.empty(total, a.shape[1], dtype=a.dtype) for a in seen]
+            for a, out in zip(seen, found, strict=True):
+                out[part.start * cols : part.stop * cols] = a
+    return found
+
+
+def input_moments(inputs: ExpertInputs, e: int) -> Moments | Hessian:
+    """Of what enters expert e's gate and up projections, by `token_weights`: its own tokens, and
+    all together, which are summed up once for all experts."""
+    if inputs.everyone is None:
+        inputs.everyone = _input_moments(inputs, torch.arange(len(inputs.quantized)), None)
+    shares = inputs.shares(e)
+    own = (shares != 0).nonzero()[:, 0]
+    moments = _input_moments(inputs, own, own_weights(shares)[own])
+    size, total = inputs.quantized.shape[1], len(shares)
+    moments.add_scaled(inputs.everyone, SHARED_TOKENS * size / total)
+    return moments
+
+
+def _input_moments(
+    inputs: ExpertInputs, picked: torch.Tensor, weights: torch.Tensor | None
+) -> Moments | Hessian:
+    """Of some tokens, by their numbers (n,), each counting as much as weights (n,) say."""
+    size = inputs.quantized.shape[1]
+    seen = Hessian(size) if inputs.original is None else Moments(size)
+    for a in range(0, len(picked), BATCH_TOKENS):
+        part = picked[a : a + BATCH_TOKENS]
+        w = None if weights is None else weights[a : a + BATCH_TOKENS]
+        if isinstance(seen, Hessian):
+            seen.add(inputs.quantized[part], w)
+        else:
+            seen.add(inputs.quantized[part], inputs.original[part], weights=w)
+    return seen
+
+
+def hidden_hessian(inputs: ExpertInputs, e: int) -> Hessian:
+    """Of what enters expert e's down projection, as the expert computes at present."""
+    size = inputs.experts.linears(e)["down"].in_features
+    weights = token_weights(inputs.shares(e), size)
+    hessian = Hessian(size)
+    for wave in _waves(_parts(inputs)):
+        for part, x in zip(wave, _hidden(inputs, e, inputs.quantized, wave), strict=True):
+            hessian.add(x, weights[part])
+    return hessian
+
+
+def hidden_moments(inputs: ExpertInputs, e: int, block: Block, entering: list[str]) -> Moments:
+    """Of what enters expert e's down projection as it is quantized, and as it was.
+
+    Where it is known what the experts lack, the expert is asked for its own original output and
+    for all of that besides, as far as it counts: those after it are asked for what is left. Else
+    it is asked for what it would give in the original.
+
+    entering: the keys of its gate and up projections, which take turns in computing as they are
+    quantized and as they were.
+    """
+    shares, down = inputs.shares(e), inputs.experts.linears(e)["down"]
+    weights = token_weights(shares, down.in_features)
+    asking = own_weights(shares) / weights / shares.where(shares != 0, 1.0)
+    moments = Moments(down.in_features, None if inputs.lacking is None else down.out_features)
+    source = inputs.original if inputs.lacking is None else inputs.quantized
+    for wave in _waves(_parts(inputs)):
+        block.compute_original(entering)
+        originals = _hidden(inputs, e, source, wave)
+        block.compute_quantized(entering)
+        quantized = _hidden(inputs, e, inputs.quantized, wave)
+        for part, xq, xf in zip(wave, quantized, originals, strict=True):
+            residual = None
+            if inputs.lacking is not None:
+                residual = inputs.lacking[part] * asking[part, None]
+            moments.add(xq, xf, residual, weights[part])
+    return moments
+
+
+def _hidden(inputs: ExpertInputs, e: int, x: torch.Tensor, wave: list[slice]) -> list[torch.Tensor]:
+    return parallel.each(lambda part: inputs.experts.hidden(e, x[part]), wave)
+
+
+def _parts(inputs: ExpertInputs) -> list[slice]:
+    total = len(inputs.quantized)
+    return [slice(a, min(a + BATCH_TOKENS, total)) for a in range(0, total, BATCH_TOKENS)]
+
+
+def _waves(parts: list[slice]) -> Iterator[list[slice]]:
+    size = parallel.threads()
+    return (parts[a : a + size] for a in range(0, len(parts), size))
+
+
+def token_weights(shares: torch.Tensor, size: int) -> torch.Tensor:
+    """How much each token says about an expert, from its shares (tokens,): 0 where it is not asked.
+
+    Its own tokens count by the square of their share, as errors of its output do in the block's;
+    on average 1. So that an expert with few of them is not fitted to those alone, every token
+    counts besides, all together as SHARED_TOKENS * size of its own: a poorly fed Hessian is that
+    of all tokens, more or less, and a dead expert's is exactly that.
+    """
+    return own_weights(shares) + SHARED_TOKENS * size / len(shares)
+
+
+def own_weights(shares: torch.Tensor) -> torch.Tensor:
+    """How much its own tokens say about an expert, (tokens,): squared shares, on average 1."""
+    own = shares.square()
+    asked = own > 0
+    return own / own[asked].mean() if asked.any() else own
+
+
+def tell_counts(job: Job, name: str, counts: list[int]) -> None:
+    """Tells how many tokens routing sent to each expert, and keeps it in the work folder."""
+    job.work.save_counts(name, counts)
+    ordered = sorted(counts)
+    fair = sum(counts) / len(counts)
+    job.progress.say(
+        f"{name}: {ordered[0]:,} to {ordered[-1]:,} tokens an expert, "
+        f"median {ordered[len(ordered) // 2]:,}"
+    )
+    poor = [e for e, count in enumerate(counts) if count < FAIR * fair]
+    if poor:
+        few = ", ".join(f"{e} ({counts[e]:,})" for e in poor[:8]) + ", ..." * (len(poor) > 8)
+        job.progress.say(
+            f"   WARNING: {len(poor)} experts got less than a tenth of their fair share of "
+            f"{fair:,.0f} tokens: {few}; they are calibrated on all tokens instead. More or other "
+            "calibration text (-cr, -c) may reach them"
+        )
