@@ -67,6 +67,10 @@ def base(model, tmp_path):
         (["-v"], "verbose", True),
         (["--seed", "9"], "seed", 9),
         (["--check_rows", "0"], "check_rows", 0),
+        (["--no_correction"], "no_correction", True),
+        (["--hessian", "input"], "hessian", "input"),
+        (["--hessian_rows", "3"], "hessian_rows", 3),
+        (["--max_memory", "1.5"], "max_memory", 1.5),
         (["--trust_remote_code"], "trust_remote_code", True),
     ],
 )
@@ -178,12 +182,15 @@ def test_harmless_changes_are_said(base, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["-m", "x.json"], "measurements are not supported yet"),
-        (["-om", "x.json"], "measurements are not supported yet"),
+        (["-m", "x.json"], "x.json does not exist; make it with util/measure.py"),
+        (["-om", "x.json"], "util/measure.py does, and -m takes what it writes"),
+        (["--recipe", "x.yaml"], "x.yaml does not exist"),
         (["-mcg", "0x1"], "use -cb mcg"),
         (["-mul1", "zzz"], "use -cb mul1"),
         (["-hb", "12"], "-hb 12 is out of range"),
         (["-ra", "-1"], "-ra -1.0 is out of range"),
+        (["--hessian_rows", "0"], "--hessian_rows 0 is out of range"),
+        (["--max_memory", "nan"], "--max_memory nan is out of range"),
         (["-ss", "-5"], "-ss -5 is out of range"),
         (["--cal_stride", "0"], "--cal_stride 0 is out of range"),
         (["-c", "missing.txt"], "-c missing.txt is no file"),

@@ -14,12 +14,15 @@ from exl3 import __version__, cli
 COMMANDS = {
     "convert": ("exl3.commands.convert", "convert a Hugging Face model to an EXL3 quant"),
     "verify": ("exl3.commands.verify", "check that a folder is a sound EXL3 model"),
+    "optimize": ("exl3.commands.optimize", "choose the best layers of quants for a size"),
+    "recompile": ("exl3.commands.recompile", "splice a quant by hand"),
     "compare": ("exl3.commands.compare_q", "compare quants: perplexity, KL divergence, a chart"),
     "compare-logits": (
         "exl3.commands.compare_q_logits",
         "write a model's logits, the reference of a comparison",
     ),
     "ppl": ("exl3.commands.ppl", "perplexity of one model, for a quick look"),
+    "measure": ("exl3.commands.measure", "measure what the bits of each part of a model are worth"),
     "demo": ("exl3.commands.demo", "convert a small model at 4, 3 and 2 bits and compare"),
     "make-demo-model": ("exl3.commands.make_demo_model", "train a small language model to try"),
 }

@@ -59,6 +59,24 @@ def row_metrics(
     return {name: torch.cat([c[name] for c in chunks], -1).cpu() for name in chunks[0]}
 
 
+@torch.no_grad()
+def row_kld(logits: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """The `kld` of `row_metrics` alone, at half its cost: KL(reference || model) of every position,
+    float64 (length,), on the CPU. Both logits: (1, length, vocab)."""
+    length, vocab = logits.shape[1:]
+    step = max(1, CHUNK // vocab)
+
+    def chunk(begin: int) -> torch.Tensor:
+        part = slice(begin, begin + step)
+        expected, got = (
+            torch.log_softmax(x[0, part].to(logits.device).float(), -1) for x in (reference, logits)
+        )
+        return _divergences(expected, got)[0]
+
+    with parallel.one_thread_per_op():
+        return torch.cat(parallel.each(chunk, range(0, length, step))).cpu()
+
+
 def _check(logits: torch.Tensor, ids: torch.Tensor, reference: torch.Tensor | None) -> None:
     if logits.shape[:2] != ids.shape or len(ids) != 1:
         raise ValueError(f"logits {tuple(logits.shape)} for ids {tuple(ids.shape)}")

@@ -38,7 +38,7 @@ def stream_logits(
             states = _last_states(model, chunk, progress)
             model.load_tail()
             for row in range(len(chunk)):
-                logits = _logits(model, chunk[row : row + 1], states[row])
+                logits = row_logits(model, chunk[row : row + 1], states[row])
                 states[row] = None
                 if progress is not None:
                     progress.advance(1)
@@ -88,7 +88,7 @@ def _last_states(
     return states
 
 
-def _logits(model: StreamedModel, row: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+def row_logits(model: StreamedModel, row: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
     """Logits (1, length, vocab) of one row; norm and head know no position, so it may be cut."""
     vocab = model.head()[1].out_features
     out = torch.empty(*row.shape, vocab, dtype=model.dtype, device=state.device)

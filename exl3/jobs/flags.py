@@ -6,7 +6,7 @@ import dataclasses
 from exl3.cli import Parser
 from exl3.errors import UserError
 from exl3.format.markers import MULTIPLIERS
-from exl3.jobs.settings import CODEBOOKS, OUT_SCALES, Settings
+from exl3.jobs.settings import CODEBOOKS, HESSIANS, OUT_SCALES, Settings
 
 # Flags of exllamav3's and exllamav2's convert.py that have no meaning here: accepted, and said.
 IGNORED = (
@@ -19,8 +19,8 @@ IGNORED = (
     ("-lcpi", "--last_checkpoint_index", 1, "the state is saved to the end"),
     (None, "--max_module", 1, "every module is converted"),
     (None, "--override_anyway", 0, "settings that would mix two results stay refused"),
-    ("-ml", "--measurement_length", 1, "there is no measuring pass"),
-    ("-mr", "--measurement_rows", 1, "there is no measuring pass"),
+    ("-ml", "--measurement_length", 1, "util/measure.py measures"),
+    ("-mr", "--measurement_rows", 1, "util/measure.py measures"),
 )
 HELP = {
     "in_dir": "the original model",
@@ -38,9 +38,21 @@ HELP = {
     "cal_stride": "tokens from row to row (default: rows are spread over the text)",
     "codebook": "codebook of the trellis",
     "out_scales": "scales of the output channels",
+    "no_correction": "no layer makes up for errors before it: for quants whose tensors are to be "
+    "mixed with others' (util/optimize.py)",
+    "hessian": "kron: errors are also weighed by what outputs do to the model's predictions (one "
+    "backward pass of the original); input: by their inputs alone",
+    "hessian_rows": "calibration rows of that backward pass",
+    "save_hessians": "folder for what that pass finds, which jobs with other bits take from there",
+    "tune": "steps of tuning scales and norm weights after all else, kept as far as held-out "
+    "calibration rows gain by it; try 40",
     "hq": "one bit more for attention and shared experts, on top of -b",
+    "measurement": "what util/measure.py found of this model: shares out the bits of -b",
+    "recipe": "bits of every layer, as util/optimize.py --recipe writes them; -b may be left out",
     "shard_size": "largest output file; 0: a single file",
     "devices": "GPUs to use, or cpu",
+    "max_memory": "GiB of memory the job may take (default: what is free); with less it is slower, "
+    "different with --tune only",
     "seed": "of the random signs and random calibration rows",
     "rope_alpha": "NTK factor on the rotary base, as in exllamav2; also written to the config",
     "rope_scale": "linear rotary scaling, as in exllamav2; also written to the config",
@@ -63,14 +75,22 @@ VALUES = {
     "cal_cols": (("-cc", "-l", "--length"), int, "N"),
     "cal_stride": ((), int, "N"),
     "codebook": (("-cb",), str, None),
+    "measurement": (("-m",), str, "FILE"),
+    "recipe": ((), str, "FILE"),
     "shard_size": (("-ss",), int, "MB"),
     "devices": (("-d",), str, "N[,N]"),
+    "max_memory": ((), float, "GIB"),
     "seed": ((), int, "N"),
     "rope_alpha": (("-ra",), float, "A"),
     "rope_scale": (("-rs",), float, "F"),
     "check_rows": ((), int, "N"),
+    "hessian": ((), str, None),
+    "hessian_rows": ((), int, "N"),
+    "save_hessians": ((), str, "DIR"),
+    "tune": ((), int, "STEPS"),
 }
-SWITCHES = {"hq": ("-hq",), "verbose": ("-v",), "trust_remote_code": ()}
+CHOICES = {"codebook": CODEBOOKS, "hessian": HESSIANS}
+SWITCHES = {"hq": ("-hq",), "no_correction": (), "verbose": ("-v",), "trust_remote_code": ()}
 
 
 def convert_parser() -> argparse.ArgumentParser:
@@ -87,14 +107,13 @@ def convert_parser() -> argparse.ArgumentParser:
     for name, (spellings, kind, metavar) in VALUES.items():
         default = defaults[name]
         shown = f" (default: {default})" if isinstance(default, int | str | float) else ""
-        choices = CODEBOOKS if name == "codebook" else None
         p.add_argument(
             *spellings,
             f"--{name}",
             dest=name,
             type=kind,
             metavar=metavar,
-            choices=choices,
+            choices=CHOICES.get(name),
             help=HELP[name] + shown,
         )
     scales = p.add_mutually_exclusive_group()
@@ -116,8 +135,9 @@ def _add_foreign(p: argparse.ArgumentParser) -> None:
     group.add_argument("-cf", "--compile_full", metavar="DIR", help="as -o; with -o, that is -w")
     group.add_argument("-mcg", "--mcg_multiplier", metavar="X", help="the same as -cb mcg")
     group.add_argument("-mul1", "--mul1_multiplier", metavar="X", help="the same as -cb mul1")
-    for flag in ("-m --measurement", "-om --output_measurement"):
-        group.add_argument(*flag.split(), metavar="FILE", help="refused: not there yet")
+    group.add_argument(
+        "-om", "--output_measurement", metavar="FILE", help="refused: util/measure.py measures"
+    )
     for short, long, values, reason in IGNORED:
         kind = {"action": "store_true", "default": None} if not values else {"metavar": "X"}
         group.add_argument(*filter(None, (short, long)), help=f"ignored: {reason}", **kind)
@@ -130,9 +150,10 @@ def interpret(args: argparse.Namespace) -> tuple[dict[str, object], list[str]]:
     for short, long, _, reason in IGNORED:
         if given.pop(long.lstrip("-"), None) is not None:
             notes.append(f"{short or long} is ignored: {reason}")
-    for name in ("measurement", "output_measurement"):
-        if name in given:
-            raise UserError(f"--{name}: measurements are not supported yet; leave it out")
+    if "output_measurement" in given:
+        raise UserError(
+            "-om: convert.py does not measure; util/measure.py does, and -m takes what it writes"
+        )
     for name, multiplier in MULTIPLIERS.items():
         if value := given.pop(f"{name}_multiplier", None):
             _check_multiplier(name, value, multiplier)

@@ -1,14 +1,37 @@
 """What a conversion will do: which tensor gets how many bits, and what that makes of the model."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import floor
+from pathlib import Path
 
-from exl3.allocate import MAX_BITS, Module, allocate, average_bits
+from exl3.allocate import MAX_BITS, Option, solve
+from exl3.errors import UserError
+from exl3.errors_by_bits import relative_error
 from exl3.format.layer import padded
-from exl3.jobs.settings import Settings
+from exl3.format.manifest import file_digest
+from exl3.groups import group, kind
+from exl3.jobs.settings import Settings, flag
+from exl3.measurement import Measurement, read_measurement
 from exl3.model.streamed import StreamedModel
+from exl3.predict import Offer, predict
+from exl3.recipe import bits_by_recipe, read_recipe
+from exl3.sensitivity import sensitivity, share_of_tokens
 
 UNQUANTIZED = 16
 FAVOURED = ("attn", "attention", "shared_expert")  # parts of the keys that -hq gives more bits
+EVERY_TENSOR = 4  # level of groups
+TOLERANCE = 0.02  # bits: what an average may stay below its target where tensors allow more
+ALL_BITS = range(1, MAX_BITS + 1)
+
+
+@dataclass(frozen=True)
+class Module:
+    """A linear layer that competes for bits."""
+
+    key: str
+    block: int
+    weights: int  # padded, as bits are counted
 
 
 @dataclass(frozen=True)
@@ -29,10 +52,25 @@ class Plan:
         return sum(m.weights for m in self.modules)
 
 
+def average_bits(modules: Sequence[Module], chosen: dict[str, int]) -> float:
+    """Bits a weight of the codes alone: sum of K n over sum of n."""
+    total = sum(m.weights for m in modules)
+    return sum(chosen[m.key] * m.weights for m in modules) / total
+
+
 def make_plan(settings: Settings, model: StreamedModel) -> Plan:
-    """Shares out the bits."""
+    """Shares out the bits: by a recipe, by a measurement, or by default sensitivities.
+
+    UserError for a recipe or measurement of another model.
+    """
     modules = decoder_modules(model)
-    bits = allocate(modules, settings.bits)
+    if settings.recipe is not None:
+        bits = _by_recipe(settings, model, modules)
+    elif settings.measurement is not None:
+        bits = _by_measurement(settings, model, modules)
+    else:
+        config = model.config.get_text_config(decoder=True)
+        bits = allocate(modules, settings.bits, share_of_tokens(config))
     if settings.hq:
         for key in bits:
             if any(part in key for part in FAVOURED):
@@ -49,3 +87,112 @@ def decoder_modules(model: StreamedModel) -> list[Module]:
         for i in range(model.num_blocks)
         for key, linear in model.block_linears(i).items()
     ]
+
+
+def allocate(modules: Sequence[Module], bits: float, used: float = 1.0) -> dict[str, int]:
+    """Whole bits for every tensor, on average at most `bits` (1 to 8) and as near as they allow.
+
+    A whole number is the same for all. Else those tensors get more whose default sensitivity
+    (`exl3.sensitivity`) is worth it, at most one bit beyond the two whole numbers around `bits`:
+    guesses must not wreck a model. Experts of a kind have the same. used: the share of tokens
+    that an expert gets.
+    """
+    low = floor(bits)
+    if low == bits:
+        return {m.key: low for m in modules}
+    offered = range(max(1, low - 1), min(MAX_BITS, low + 2) + 1)
+    blocks = 1 + max(m.block for m in modules)
+    weights = {m.key: m.weights for m in modules}
+    keys = [[m.key for m in modules if m.block == i] for i in range(blocks)]
+    groups, options = group(keys, EVERY_TENSOR), []
+    for own in groups:
+        n = sum(weights[key] for key in own.keys)
+        worth = n * sensitivity(kind(own.keys[0]), own.block, blocks, used)
+        options.append([Option(k * n, worth * relative_error({k: 1}, None)) for k in offered])
+    picked = _solved(options, bits, sum(weights.values()))
+    return {key: offered[i] for own, i in zip(groups, picked, strict=True) for key in own.keys}
+
+
+def _solved(options: Sequence[Sequence[Option]], bits: float, weights: int) -> tuple[int, ...]:
+    """The option of every group, on average at most `bits` per weight."""
+    budget = floor(bits * weights + 1e-6)
+    found = solve(options, budget, least=budget - floor(TOLERANCE * weights))
+    return found.picked  # there is one: all at the whole part of `bits`
+
+
+def _by_measurement(
+    settings: Settings, model: StreamedModel, modules: Sequence[Module]
+) -> dict[str, int]:
+    """The best bits by what was measured of this model."""
+    measurement = read_measurement(settings.measurement)
+    _refuse_changed(settings, "measurement")
+    weights = {m.key: m.weights for m in modules}
+    refuse_other_model(measurement, model, weights)
+    options = []
+    for own in measurement.groups:
+        n = sum(weights[key] for key in own.layers)
+        offers = [Offer(k * n, {k: n}) for k in ALL_BITS]
+        options.append(predict(measurement, own, offers).options)
+    picked = _solved(options, settings.bits, sum(weights.values()))
+    chosen = {
+        key: ALL_BITS[i]
+        for own, i in zip(measurement.groups, picked, strict=True)
+        for key in own.layers
+    }
+    return {key: chosen[key] for key in weights}
+
+
+def _by_recipe(
+    settings: Settings, model: StreamedModel, modules: Sequence[Module]
+) -> dict[str, int]:
+    """What the recipe says. UserError where experts of a kind would differ."""
+    recipe = read_recipe(settings.recipe)
+    _refuse_changed(settings, "recipe")
+    what = f"--recipe {settings.recipe}"
+    _refuse_other_original(recipe.arch, recipe.fingerprint, model, what)
+    chosen = bits_by_recipe(recipe, [m.key for m in modules])
+    keys = [[m.key for m in modules if m.block == i] for i in range(model.num_blocks)]
+    for own in group(keys, EVERY_TENSOR):
+        if len({chosen[key] for key in own.keys}) > 1:
+            raise UserError(
+                f"{what}: {own.name} of {model.block_name(own.block)} have "
+                "different bits; readers want the experts of one kind of a block alike"
+            )
+    return chosen
+
+
+def refuse_other_model(
+    measurement: Measurement, model: StreamedModel, weights: dict[str, int]
+) -> None:
+    """UserError if a measurement is not of this model. weights: of its decoder's linears."""
+    arch, fingerprint = measurement.arch_string, measurement.model.fingerprint
+    _refuse_other_original(arch, fingerprint, model, "-m: the measurement")
+    ours, theirs = set(weights), set(measurement.layers)
+    if odd := next((key for key in (*weights, *measurement.layers) if key in ours ^ theirs), None):
+        whose = "the model has" if odd in ours else "the measurement has"
+        other = "the measurement" if odd in ours else "the model"
+        raise UserError(f"-m: {whose} {odd}, but {other} has not: they do not belong together")
+
+
+def _refuse_other_original(
+    arch: str | None, fingerprint: str | None, model: StreamedModel, what: str
+) -> None:
+    """UserError if the architecture or the hash of the model that something was made for is known
+    and not this model's."""
+    ours = (model.config.architectures or [model.config.model_type])[0]
+    if arch not in (None, ours):
+        raise UserError(f"{what} is of {arch}, but the model is {ours}")
+    if fingerprint not in (None, model.checkpoint.fingerprint()):
+        raise UserError(
+            f"{what} was made from other files than those of {model.path} (their hashes differ); "
+            "give the model it was made from"
+        )
+
+
+def _refuse_changed(settings: Settings, name: str) -> None:
+    """UserError if the file of a setting is not the one that the job began with."""
+    if file_digest(Path(getattr(settings, name))) != getattr(settings, f"{name}_hash"):
+        raise UserError(
+            f"{flag(name)} {getattr(settings, name)} has changed since the job began; start afresh "
+            "in another work folder"
+        )

@@ -9,9 +9,12 @@ from pathlib import Path
 
 from exl3.errors import UserError
 from exl3.files import PARTIAL, write_json
+from exl3.measurement import read_measurement
+from exl3.recipe import Recipe, read_recipe
 
 CODEBOOKS = ("mul1", "mcg", "3inst")
 OUT_SCALES = ("always", "never", "auto")
+HESSIANS = ("kron", "input")
 
 
 @dataclass
@@ -26,6 +29,11 @@ class Settings:
     codebook: str = "mul1"
     out_scales: str = "always"
     hq: bool = False
+    no_correction: bool = False
+    hessian: str = "kron"
+    hessian_rows: int = 16
+    save_hessians: str | None = None
+    tune: int = 0  # steps; 0: scales stay as they are found
     cal_rows: int = 250
     cal_cols: int = 2048
     cal_file: str | None = None  # a file, or the name of a dataset
@@ -36,8 +44,13 @@ class Settings:
     rope_scale: float | None = None
     seed: int = 0
     check_rows: int = 8
+    measurement: str | None = None  # a file, as its hash in the next line
+    measurement_hash: str | None = None
+    recipe: str | None = None  # likewise
+    recipe_hash: str | None = None
     shard_size: int = 8192  # MiB; 0: no limit
     devices: str = "0"
+    max_memory: float | None = None  # GiB; None: what is free
     checkpoint_interval: int = 60  # seconds
     verbose: bool = False
     trust_remote_code: bool = False
@@ -50,16 +63,24 @@ HARMLESS = (
     "out_dir",
     "work_dir",
     "check_rows",
+    "measurement",
+    "recipe",
     "shard_size",
     "devices",
+    "max_memory",
+    "save_hessians",
     "checkpoint_interval",
     "verbose",
     "trust_remote_code",
 )
 DEFINING = tuple(f.name for f in dataclasses.fields(Settings) if f.name not in HARMLESS)
 JOB_NAMES = (
-    *("job.json", "identity.json", "check.json", "lock", "layers"),
-    *("calibration.safetensors", "states.safetensors"),
+    *("job.json", "identity.json", "check.json", "lock", "layers", "experts", "gradients"),
+    *("calibration.safetensors", "states.safetensors", "tuned"),
+)
+FORGOTTEN = (  # with a job
+    *("calibration.safetensors", "states.safetensors", "layers/*.safetensors"),
+    *("experts/*.json", "gradients/*.safetensors", "tuned/*.safetensors", "tuned/way.json"),
 )
 FOLDERS = ("in_dir", "out_dir", "work_dir")
 SHORT = {
@@ -72,6 +93,9 @@ SHORT = {
     "cal_rows": "-cr",
     "cal_cols": "-cc",
     "cal_file": "-c",
+    "measurement": "-m",
+    "measurement_hash": "-m",
+    "recipe_hash": "--recipe",
     "shard_size": "-ss",
     "devices": "-d",
     "checkpoint_interval": "-cpi",
@@ -86,10 +110,14 @@ LIMITS = {
     "shard_size": (0, 1_000_000_000),
     "checkpoint_interval": (0, 1_000_000_000),
     "check_rows": (0, 100_000),
+    "hessian_rows": (1, 100_000),
+    "tune": (0, 100_000),
+    "max_memory": (0.1, 1_000_000),
     "rope_alpha": (0.01, 1000),
     "rope_scale": (0.01, 1000),
     "seed": (0, 2**63 - 1),
 }
+AGREE = 0.005  # bits: how near -b must be to what a recipe says
 DATASET = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 TEXT_FILES = (".txt", ".jsonl", ".parquet")
 
@@ -119,11 +147,13 @@ def read_request(args: argparse.Namespace) -> Request:
     from exl3.jobs.flags import interpret
 
     given, notes = interpret(args)
-    for name in FOLDERS:
+    for name in (*FOLDERS, "save_hessians"):
         if name in given:
             given[name] = _absolute(flag(name), given[name])
     if "cal_file" in given:
-        given["cal_file"] = _calibration_source(given["cal_file"])
+        given["cal_file"] = calibration_source(given["cal_file"])
+    if {"measurement", "recipe"} & given.keys():
+        _read_shares(given)
     if args.dry_run:
         return _dry_run(given, notes)
     if "work_dir" not in given:
@@ -147,6 +177,35 @@ def read_request(args: argparse.Namespace) -> Request:
         save_settings(settings)  # at once, so that -r knows the job from its first moment on
     resumed = stored is not None and has_progress(work)
     return Request(settings, resumed, fresh=args.no_resume, notes=tuple(notes))
+
+
+def _read_shares(given: dict) -> None:
+    """Adds what a measurement or a recipe says, and their hashes. UserError for damaged ones."""
+    from exl3.format.manifest import file_digest  # here: it takes a second
+
+    if {"measurement", "recipe"} <= given.keys():
+        raise UserError("-m and --recipe both share out the bits; give one of them")
+    for name, read in (("measurement", read_measurement), ("recipe", read_recipe)):
+        if name in given:
+            given[name] = _absolute(flag(name), given[name])
+            content = read(given[name])
+            given[f"{name}_hash"] = file_digest(Path(given[name]))
+    if "recipe" in given:
+        _add_recipe(given, content)
+
+
+def _add_recipe(given: dict, recipe: Recipe) -> None:
+    """The settings that a recipe brings along; what the user says of them must agree, or wins."""
+    if given.get("hq"):
+        raise UserError("-hq changes bits that --recipe has settled; leave one of them out")
+    told = [bits for bits in (recipe.bits, recipe.target) if bits is not None]
+    asked = given.get("bits", recipe.bits)
+    if not any(abs(asked - bits) < AGREE for bits in told):
+        raise UserError(f"-b {asked:g} contradicts --recipe, which makes {recipe.bits:g} bits")
+    given["bits"] = recipe.bits
+    for name in ("head_bits", "codebook"):
+        if getattr(recipe, name) is not None:
+            given.setdefault(name, getattr(recipe, name))
 
 
 def _new_job(given: dict, resume: bool) -> Settings:
@@ -200,7 +259,7 @@ def forget_job(work: Path) -> None:
         return
     for name in ("job.json", "identity.json", "check.json"):
         (work / name).unlink(missing_ok=True)
-    for pattern in ("calibration.safetensors", "states.safetensors", "layers/*.safetensors"):
+    for pattern in FORGOTTEN:
         for path in work.glob(pattern):
             path.unlink()
 
@@ -273,7 +332,7 @@ def _absolute(name: str, text: str) -> str:
         raise UserError(f"{name} {text!r} is no usable path: {error}") from None
 
 
-def _calibration_source(text: str) -> str:
+def calibration_source(text: str) -> str:
     """An existing file or folder, made absolute, or the name of a dataset."""
     path = Path(_absolute("-c", text))
     if path.exists():
