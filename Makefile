@@ -1,19 +1,21 @@
 # make install [TORCH=torch==2.9.1]   a .venv with everything, built
 # make demo [MODEL=dir]               a real model at 4, 3 and 2 bits, a table and a chart
-.PHONY: install demo test lint bench clean
+.PHONY: install demo test slow lint bench clean
 
 TORCH ?= torch==2.13.0
 PYTHON ?= python3
 BIN := .venv/bin
+# On all cores: each takes whole files of tests, and runs them on one thread.
+TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 SOURCES := $(shell find csrc -type f) setup.py
 
 install: .venv/installed
 
-.venv/installed: requirements.txt $(SOURCES)
+.venv/installed: requirements.txt Makefile $(SOURCES)
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip setuptools wheel
 	$(BIN)/pip install --quiet "$(TORCH)"
-	$(BIN)/pip install --quiet -r requirements.txt pytest ruff
+	$(BIN)/pip install --quiet -r requirements.txt pytest pytest-xdist ruff
 	$(BIN)/pip install --quiet --no-build-isolation --no-deps -e .
 	touch $@
 
@@ -21,7 +23,10 @@ demo: install
 	$(BIN)/python util/demo.py $(if $(MODEL),-i "$(MODEL)")
 
 test: install
-	$(BIN)/python -m pytest
+	$(TESTS)
+
+slow: install
+	$(TESTS) -m slow
 
 lint: install
 	$(BIN)/ruff check .

@@ -199,7 +199,7 @@ def main() -> None:
         print(f"{name}: KLD {np.mean(rows):.5f}, {cpu:.0f} CPU s", flush=True)
     print_table({entry[0]: results[entry[0]] for entry in wanted}, args.seeds)
     if args.chart:
-        draw(results, args.chart, f"{args.model.name}, {args.seeds} seeds")
+        draw(results, args.chart, f"{args.model.name}, seeds: {args.seeds}")
 
 
 if __name__ == "__main__":

@@ -230,3 +230,18 @@ def test_same_bytes_for_any_number_of_threads(monkeypatch):
     torch.set_num_threads(2)
     for other in results[1:]:
         assert all(torch.equal(results[0][name], other[name]) for name in other)
+
+
+def test_a_block_diagonal_hessian_is_that_matrix():
+    """The blocks alone give what the whole matrix gives, zeros between blocks."""
+    w, hessian = weights(), correlated_hessian(256, 1)
+    blocks = torch.stack([correlated_hessian(128, n) for n in range(3)])
+    whole = exl3.quantize_linear(w, hessian, 3, output_hessian=torch.block_diag(*blocks))
+    alone = exl3.quantize_linear(w, hessian, 3, output_hessian=blocks)
+    lost = [objective(w - r.weight, hessian, torch.block_diag(*blocks)) for r in (whole, alone)]
+    one = exl3.quantize_linear(w, hessian, 3)
+    plain = objective(w - one.weight, hessian, torch.block_diag(*blocks))
+    assert lost[1] == pytest.approx(lost[0], rel=0.05)
+    assert lost[1] < 0.8 * plain
+    with pytest.raises(ValueError, match="384 outputs"):
+        exl3.quantize_linear(w, hessian, 3, output_hessian=blocks[:2])

@@ -13,7 +13,7 @@ from exl3.jobs.blocks import convert_block
 from exl3.jobs.boundaries import Boundaries, boundary_gradients, boundary_work
 from exl3.jobs.check import check_quant
 from exl3.jobs.estimate import estimate, refuse_full_disks
-from exl3.jobs.inputs import Calibration, head_hessian, head_moments
+from exl3.jobs.inputs import Calibration, head_hessian, head_moments, head_output_hessian
 from exl3.jobs.job import Job, total_cost
 from exl3.jobs.output_hessians import all_saved
 from exl3.jobs.plan import UNQUANTIZED, Plan, make_plan
@@ -124,7 +124,10 @@ def convert_head(job: Job, streams: Streams) -> None:
     job.progress.doing("the head, calibrating")
     model.load_tail()
     seen = (head_moments if job.corrects else head_hessian)(model, streams)
-    quantize(job, key, head, head.weight, Calibration.of(seen))
+    by_outputs = None
+    if job.settings.hessian == "kron":
+        by_outputs = head_output_hessian(model, streams, job.settings.hessian_rows)
+    quantize(job, key, head, head.weight, Calibration.of(seen), by_outputs)
     model.free_tail()
 
 

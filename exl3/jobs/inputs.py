@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from exl3 import parallel
+from exl3.format.hadamard import HADAMARD
 from exl3.jobs.block import Block
 from exl3.jobs.streams import Streams
 from exl3.model.capture import Capture, Taps, head_inputs
@@ -15,6 +17,7 @@ from exl3.quant.hessian import Hessian
 
 # Of a correction: with 2.5%, as for codes, it follows the calibration rows too closely.
 DAMPING = 0.1
+TAIL_TOKENS = 64  # of one piece of a row in norm and head; part of the result's definition
 
 
 @dataclass
@@ -101,6 +104,35 @@ def head_moments(model: StreamedModel, streams: Streams) -> Moments:
         for q, of in zip(quantized, originals, strict=True):
             moments.add(q, of)
     return moments
+
+
+def head_output_hessian(model: StreamedModel, streams: Streams, rows: int) -> torch.Tensor:
+    """The loss's second moments by the head's outputs, from some evenly spread rows.
+
+    Their expectation is known, without sampling: diag(p) - p p^T with the original's predictions p
+    (where it is not followed, with those behind the quantized blocks). Of it the blocks of 128
+    outputs, which the Hadamard transform mixes: (blocks, 128, 128). All would be vocab^2.
+    """
+    count = len(streams.rows)
+    picked = torch.linspace(0, count - 1, min(rows, count)).long().tolist()
+    states = streams.original if streams.paired else streams.quantized
+    cols = streams.rows.shape[1]
+    pieces = [
+        (row, slice(a, a + TAIL_TOKENS)) for row in picked for a in range(0, cols, TAIL_TOKENS)
+    ]
+
+    def moments(piece: tuple[int, slice]) -> torch.Tensor:
+        row, part = piece
+        logits = model.run_tail(streams.rows[row, part][None], states[row, part][None])
+        p = logits[0].float().softmax(-1)
+        blocks = F.pad(p, (0, -p.shape[1] % HADAMARD)).unflatten(1, (-1, HADAMARD)).transpose(0, 1)
+        return torch.diag_embed(blocks.sum(1)) - blocks.mT @ blocks
+
+    total, size = None, parallel.threads()
+    for a in range(0, len(pieces), size):
+        for found in parallel.each(moments, pieces[a : a + size]):
+            total = found if total is None else total.add_(found)
+    return total / (len(picked) * cols)
 
 
 def _head_inputs(

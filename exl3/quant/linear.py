@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from exl3 import parallel
 from exl3.errors import JobError, UserError
 from exl3.format.codebook import CODEBOOKS
+from exl3.format.hadamard import HADAMARD
 from exl3.format.layer import decode_layer, padded
 from exl3.format.trellis import TILE, pack
 from exl3.quant.hessian import DAMPING, block_ldl, damped, useless
@@ -68,7 +69,8 @@ def quantize_linear(
 
     target: W' (in, out), what the layer is to be instead of W (`exl3.quant.correction`); it is what
     is encoded, and all errors are relative to it. output_hessian: mean of d^T d (out, out), d the
-    loss's gradient by the outputs; with it errors are fed back across columns too
+    loss's gradient by the outputs, or where that is block diagonal its blocks of 128 outputs (of as
+    many as there are padded), (blocks, 128, 128); with it errors are fed back across columns too
     (`two_sided_ldlq`), and the sum of squares that becomes small is no longer the proxy error,
     which may grow: compare outputs. It is of no use without `hessian`. output_damping: what is
     added to its diagonal, of the mean, once it is transformed. Memory for it: two and a half copies
@@ -178,7 +180,9 @@ def _check_extras(
 ) -> None:
     if target is not None and target.shape != weight.shape:
         raise ValueError(f"{name} is {weight.shape}, its target {target.shape}")
-    if output_hessian is not None and output_hessian.shape != (weight.shape[1],) * 2:
+    outputs = weight.shape[1]
+    shapes = ((outputs,) * 2, (padded(outputs) // HADAMARD, HADAMARD, HADAMARD))
+    if output_hessian is not None and output_hessian.shape not in shapes:
         raise ValueError(
             f"{name} has {weight.shape[1]} outputs, their Hessian is {output_hessian.shape}"
         )
@@ -249,6 +253,9 @@ def _add_outputs(
     feedback: _Feedback, hessian: torch.Tensor, svh: torch.Tensor, damping: float
 ) -> list[str]:
     """Adds the factor of the outputs' Hessian, if it can serve; and notes."""
+    if hessian.dim() == 3:
+        feedback.factor_out = _factors_of_blocks(hessian, svh, damping)
+        return []
     if reason := useless(hessian):
         return [f"outputs with {reason}: errors fed back by inputs only"]
     for used, h in damped(hessian.cpu(), damping):
@@ -259,6 +266,21 @@ def _add_outputs(
             feedback.factor_out = factor.float()
             return [f"the outputs' Hessian needed a damping of {used:g}"] if used > damping else []
     return ["the outputs' Hessian is not positive definite: errors fed back by inputs only"]
+
+
+def _factors_of_blocks(hessian: torch.Tensor, svh: torch.Tensor, damping: float) -> torch.Tensor:
+    """L of every block of a block diagonal H_out, (blocks, 128, 128) both; the identity for blocks
+    that tell nothing."""
+    factors = torch.eye(HADAMARD).repeat(len(hessian), 1, 1)
+    for factor, h, scales in zip(factors, hessian.cpu(), svh.split(HADAMARD), strict=True):
+        if useless(h):
+            continue
+        for _, raised in damped(h, damping):
+            found = block_ldl(transform_hessian(raised, scales))
+            if found is not None:
+                factor.copy_(found)
+                break
+    return factors
 
 
 def _padded_hessian(hessian: torch.Tensor, size: int) -> torch.Tensor:

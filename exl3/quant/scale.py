@@ -79,9 +79,10 @@ def widened_scale(
 
 
 def _energy_of_inverse(factor: torch.Tensor) -> float:
-    """|L^-1|^2 / n of a unit lower triangular L (n, n), from random signs (Hutchinson)."""
+    """|L^-1|^2 / n of a unit lower triangular L (n, n), from random signs (Hutchinson); of blocks
+    (blocks, n, n) all together."""
     generator = torch.Generator().manual_seed(0)
-    signs = torch.randint(0, 2, (factor.shape[0], PROBES), generator=generator).float() * 2 - 1
+    signs = torch.randint(0, 2, (*factor.shape[:-1], PROBES), generator=generator).float() * 2 - 1
     found = torch.linalg.solve_triangular(factor, signs, upper=False)
     return float(found.double().square().mean())
 

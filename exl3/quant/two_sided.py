@@ -9,6 +9,7 @@ from exl3.format.trellis import LENGTH, TILE, matrix_to_tiles, tiles_to_matrix
 
 SIDE = 8  # tiles a side of a square, whose feedback from outside is two products
 SQUARE = SIDE * TILE
+TOGETHER = 64  # squares of a row that are encoded together: more would only take memory
 
 
 def two_sided_ldlq(
@@ -26,13 +27,15 @@ def two_sided_ldlq(
     8 x 8 tiles are taken by anti-diagonals, and within all of them their tiles.
 
     inner: float32 (in, out), multiples of 128, becomes the error E. factor_in: L_in, float32
-    (in, in); factor_out: L_out, float32 (out, out); both unit lower block triangular.
+    (in, in); factor_out: L_out, float32 (out, out); both unit lower block triangular. Or, where
+    H_out is block diagonal (a head's), its blocks of 128 outputs alone, (out/128, 128, 128).
     Takes one more matrix like inner. Returns the states, int16 (in/16, out/16, 256).
     """
     rows, columns = inner.shape
     states = torch.empty(rows // TILE, columns // TILE, LENGTH, dtype=torch.int16)
     fed_back = torch.empty_like(inner)  # F
-    for corners in _anti_diagonals(rows, columns):
+    independent = factor_out.dim() == 3
+    for corners in (_rows if independent else _anti_diagonals)(rows, columns):
         squares = _Squares(inner, fed_back, factor_in, factor_out, corners)
         squares.encode(bits, codebook)
         squares.store(inner, fed_back, states)
@@ -45,6 +48,14 @@ def _anti_diagonals(rows: int, columns: int) -> Iterator[list[tuple[int, int]]]:
     for s in reversed(range(down + across - 1)):
         first, last = max(0, s - across + 1), min(down - 1, s)
         yield [(i * SQUARE, (s - i) * SQUARE) for i in range(first, last + 1)]
+
+
+def _rows(rows: int, columns: int) -> Iterator[list[tuple[int, int]]]:
+    """The same where squares of different columns do not depend on each other."""
+    for a in reversed(range(0, rows, SQUARE)):
+        across = range(0, columns, SQUARE)
+        for n in range(0, len(across), TOGETHER):
+            yield [(a, c) for c in across[n : n + TOGETHER]]
 
 
 class _Squares:
@@ -66,7 +77,10 @@ class _Squares:
     ) -> None:
         def from_outside(corner: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
             (a, c), b, d = corner, corner[0] + SQUARE, corner[1] + SQUARE
-            across = inner[a:b, d:] @ factor_out[d:, c:d]
+            if factor_out.dim() == 3:
+                across = torch.zeros(SQUARE, SQUARE)
+            else:
+                across = inner[a:b, d:] @ factor_out[d:, c:d]
             return across, factor_in[b:, a:b].T @ fed_back[b:, c:d]
 
         across, down = zip(*parallel.each(from_outside, corners), strict=True)
@@ -75,7 +89,11 @@ class _Squares:
         self.across, self.down = _tiles(across), _tiles(down)
         ins, outs = zip(*corners, strict=True)
         self.factor_in = _columns([factor_in[_square((a, a))] for a in ins]).mT
-        self.factor_out = _columns([factor_out[_square((c, c))] for c in outs]).flip(0)
+        if factor_out.dim() == 3:
+            own = [factor_out[c // SQUARE] for c in outs]
+        else:
+            own = [factor_out[_square((c, c))] for c in outs]
+        self.factor_out = _columns(own).flip(0)
         self.error = torch.zeros(SIDE, len(corners), TILE, SQUARE)
         self.fed_back = torch.zeros(SIDE, len(corners), SQUARE, TILE)
         self.states = torch.empty(SIDE, SIDE, len(corners), LENGTH, dtype=torch.int16)
