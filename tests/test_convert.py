@@ -99,6 +99,7 @@ def test_every_layer_is_stored_padded_with_its_bits(tiny, finished):
     assert quantized["lm_head"]["bits_per_weight"] == 6
 
 
+@pytest.mark.slow
 def test_more_bits_are_nearer_to_the_original(tiny, tmp_path):
     outs = []
     for bits in ("2", "4", "8"):
@@ -112,6 +113,7 @@ def test_more_bits_are_nearer_to_the_original(tiny, tmp_path):
     assert klds[0] > 3 * klds[1] > 9 * klds[2] > 0
 
 
+@pytest.mark.slow
 def test_shards_hold_whole_modules(tmp_path):
     save_tiny("llama", tmp_path / "model", hidden_size=256, intermediate_size=1024, vocab_size=4096)
     save_tokenizer(tmp_path / "model")
@@ -230,6 +232,7 @@ def kill_and_resume(tiny, finished, tmp_path, kills, seed):
     assert digests(tmp_path / "out") == digests(finished)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="SIGKILL is not a signal of Windows")
 def test_sigkill_at_random_moments(tiny, finished, tmp_path):
     kill_and_resume(tiny, finished, tmp_path, kills=3, seed=1)

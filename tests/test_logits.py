@@ -278,6 +278,7 @@ def test_any_beginning_of_the_file_is_gone_on_with(tiny, spec, finished, tmp_pat
         (tmp_path / "a.safetensors").unlink()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="SIGKILL is not a signal of Windows")
 def test_sigkill_at_random_moments(tiny, spec, tmp_path):
     """A file of many rows, so that there is time to be killed while it is written."""
