@@ -1,10 +1,11 @@
 """Builds the C++ extension: `pip install --no-build-isolation .` with torch installed first."""
 
+import os
 import sys
 from pathlib import Path
 
 from setuptools import find_packages, setup
-from torch.utils.cpp_extension import BuildExtension, CppExtension
+from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
@@ -12,7 +13,24 @@ sys.path.insert(0, str(HERE))
 from exl3 import build  # noqa: E402
 
 CSRC = HERE / "csrc"
-BUILT_FROM = build.fingerprint(CSRC)  # before compiling: sources may change meanwhile
+
+
+def with_gpu() -> bool:
+    """Whether the GPU's kernels are built; says why not where torch could use them."""
+    if not build.torch_has_gpu():
+        return False
+    try:
+        build.need_gpu_compiler()
+    except build.NoKernels as error:
+        print(f"Note: exl3 is built without kernels for the GPU: {error}.", file=sys.stderr)
+        return False
+    return True
+
+
+GPU = with_gpu()
+BUILT_FROM = build.fingerprint(CSRC, GPU)  # before compiling: sources may change meanwhile
+if GPU:
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", build.chips())
 
 
 class BuildKernels(BuildExtension):
@@ -37,11 +55,11 @@ setup(
     install_requires=(HERE / "requirements.txt").read_text().split(),
     entry_points={"console_scripts": ["exl3 = exl3.commands:main"]},
     ext_modules=[
-        CppExtension(
+        (CUDAExtension if GPU else CppExtension)(
             "exl3._C",
-            [str(path.relative_to(HERE)) for path in build.sources(CSRC)],
+            [str(path.relative_to(HERE)) for path in build.sources(CSRC, GPU)],
             include_dirs=[str(CSRC)],
-            extra_compile_args=build.FLAGS,
+            extra_compile_args={"cxx": build.FLAGS, **({"nvcc": build.GPU_FLAGS} if GPU else {})},
         )
     ],
     # The library registers torch ops and has no Python interface of its own.

@@ -1,14 +1,17 @@
 // Registers the CPU kernels of the ops that exl3/ops.py defines.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
+#include <optional>
 #include <string_view>
 #include <tuple>
 
 #include "cpu/codebook.hpp"
 #include "cpu/decode.hpp"
 #include "cpu/encode.hpp"
+#include "cpu/hadamard.hpp"
 
 namespace exl3 {
 namespace {
@@ -54,6 +57,33 @@ at::Tensor decode_trellis_op(const at::Tensor& trellis, std::string_view codeboo
   return out;
 }
 
+// A scale (n,) as contiguous float32; an undefined tensor for none.
+at::Tensor float_scale(const std::optional<at::Tensor>& scale, int64_t n) {
+  if (!scale.has_value()) return {};
+  TORCH_CHECK(scale->dim() == 1 && scale->size(0) == n, "a scale must be (", n, "), not ",
+              scale->sizes());
+  return scale->to(at::kFloat).contiguous();
+}
+
+at::Tensor hadamard_128_op(const at::Tensor& x, const std::optional<at::Tensor>& before,
+                           const std::optional<at::Tensor>& after, int64_t threads) {
+  TORCH_CHECK(x.dim() >= 1 && x.size(-1) % 128 == 0,
+              "the last dimension must be a multiple of 128, not ", x.sizes());
+  TORCH_CHECK(x.scalar_type() == at::kFloat || x.scalar_type() == at::kHalf,
+              "x must be float32 or float16, not ", x.scalar_type());
+  TORCH_CHECK(threads >= 1 && threads <= 1024, "threads must be 1 to 1024, not ", threads);
+  const at::Tensor in = x.to(at::kFloat).contiguous();
+  const at::Tensor scale_in = float_scale(before, x.size(-1));
+  const at::Tensor scale_out = float_scale(after, x.size(-1));
+  at::Tensor out = at::empty_like(in);
+  const int64_t columns = x.size(-1), rows = columns == 0 ? 0 : in.numel() / columns;
+  hadamard_128(in.const_data_ptr<float>(),
+               scale_in.defined() ? scale_in.const_data_ptr<float>() : nullptr,
+               scale_out.defined() ? scale_out.const_data_ptr<float>() : nullptr, rows, columns,
+               static_cast<int>(threads), out.data_ptr<float>());
+  return out.to(x.scalar_type());
+}
+
 at::Tensor encode_tiles_scalar_op(const at::Tensor& tiles, int64_t bits,
                                   std::string_view codebook) {
   check_tiles(tiles, bits);
@@ -70,6 +100,7 @@ at::Tensor encode_tiles_scalar_op(const at::Tensor& tiles, int64_t bits,
 TORCH_LIBRARY_IMPL(exl3, CPU, m) {
   m.impl("encode_tiles", &exl3::encode_tiles_op);
   m.impl("decode_trellis", &exl3::decode_trellis_op);
+  m.impl("hadamard_128", &exl3::hadamard_128_op);
 }
 
 // For the benchmark only.

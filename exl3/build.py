@@ -2,6 +2,9 @@
 
 `setup.py` builds it beside this file. A plain clone, or one whose sources or torch are newer than
 what was built, builds it on first use and keeps it in a cache. Without a compiler torch serves.
+
+Where torch has a GPU the extension has the kernels of `csrc/cuda` too: `nvcc` compiles them, for a
+ROCm torch hipify translates them first (untested). Without that compiler there are the CPU's only.
 """
 
 import hashlib
@@ -23,6 +26,10 @@ PACKAGE = Path(__file__).resolve().parent
 # A wheel carries the sources inside the package.
 CSRC = PACKAGE / "csrc" if (PACKAGE / "csrc").is_dir() else PACKAGE.parent / "csrc"
 FLAGS = ["/O2", "/std:c++20"] if WINDOWS else ["-O3", "-g0", "-std=c++20", "-Wall"]
+GPU_FLAGS = ["-O3"]  # torch adds its C++ standard and the chips
+# What is built where no GPU is seen, by `pip install` in a container; newer chips take the last.
+DEFAULT_CHIPS = "8.0;8.6;8.9;9.0+PTX"
+HEADERS = ("include", "targets/*/include")  # of CUDA, in its folder
 LIBRARY = "_C.pyd" if WINDOWS else "_C.so"
 FINGERPRINT = "_C.fingerprint"  # beside the library: what it was built from
 
@@ -43,10 +50,11 @@ class NoKernels(Exception):
 def load_kernels() -> bool:
     """Loads the extension: the installed, else a cached, else a newly built one.
 
-    If there is none to be had, says so on stderr and returns False.
+    If there is none to be had, says so on stderr and returns False; and if there is one without
+    the GPU's kernels where torch has a GPU, says what is missing.
     """
     try:
-        library = installed() or cached() or build()
+        library = _library()
         try:
             torch.ops.load_library(str(library))
         except OSError as error:
@@ -62,51 +70,115 @@ def load_kernels() -> bool:
     return True
 
 
-def sources(csrc: Path) -> list[Path]:
+def _library() -> Path:
+    """The best library there is or can be built."""
+    if not (torch_has_gpu() and torch.cuda.is_available()):
+        return installed() or cached() or build()
+    try:
+        return installed(gpu=True) or cached(gpu=True) or build(gpu=True)
+    except NoKernels as error:
+        _say(f"Note: exl3 has no kernels for the GPU: {error}. The CPU does the work.")
+        if error.log and os.environ.get("EXL3_VERBOSE"):
+            _say("\n".join(error.log.splitlines()[-40:]))
+    return installed() or cached() or build()
+
+
+def torch_has_gpu() -> bool:
+    """Whether this torch is one for CUDA or ROCm."""
+    return bool(torch.version.cuda or torch.version.hip)
+
+
+def need_gpu_compiler() -> None:
+    """NoKernels unless the compiler for the GPUs of this torch is here."""
+    from torch.utils.cpp_extension import CUDA_HOME, ROCM_HOME  # slow to import
+
+    if os.environ.get("EXL3_NO_CUDA"):
+        raise NoKernels("EXL3_NO_CUDA is set; unset it")
+    if torch.version.hip:
+        if ROCM_HOME is None:
+            raise NoKernels("ROCm's toolkit is missing; install it or name its folder in ROCM_HOME")
+    elif CUDA_HOME is None or shutil.which("nvcc", path=os.path.join(CUDA_HOME, "bin")) is None:
+        raise NoKernels(
+            f"nvcc, which builds them, is missing; install the CUDA toolkit {torch.version.cuda}, "
+            "or name its folder in CUDA_HOME"
+        )
+    elif not any(next(Path(CUDA_HOME).glob(f"{at}/cuda_runtime.h"), None) for at in HEADERS):
+        raise NoKernels(
+            f"there is an nvcc in {CUDA_HOME}, but not CUDA's headers; name the toolkit's folder "
+            "in CUDA_HOME"
+        )
+
+
+def chips() -> str:
+    """The GPUs that are compiled for: TORCH_CUDA_ARCH_LIST, else those that are here."""
+    named = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    seen = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    return named or ";".join(f"{a}.{b}" for a, b in sorted(seen)) or DEFAULT_CHIPS
+
+
+def sources(csrc: Path, gpu: bool = False) -> list[Path]:
     """What is compiled; the rest of the folder is included by it."""
-    return sorted(csrc.rglob("*.cpp"))
+    return [path for path in _files(csrc, gpu) if path.suffix in (".cpp", ".cu")]
 
 
-def fingerprint(csrc: Path) -> str:
+def _files(csrc: Path, gpu: bool) -> list[Path]:
+    """What the extension is made of; what hipify leaves there is none of it."""
+    left_out = {"hip"} if gpu else {"hip", "cuda"}
+
+    def part(path: Path) -> str:
+        return path.relative_to(csrc).parts[0].removeprefix("bind_").removesuffix(".cpp")
+
+    files = (p for p in csrc.rglob("*") if p.suffix in (".cpp", ".hpp", ".cu", ".cuh"))
+    return sorted(path for path in files if part(path) not in left_out)
+
+
+def fingerprint(csrc: Path, gpu: bool = False) -> str:
     """What a built extension must fit, as a hash: sources, flags, torch, Python, platform."""
     build = (FLAGS, str(torch.__version__), sys.implementation.cache_tag, sysconfig.get_platform())
-    digest = hashlib.sha256(repr(build).encode())
-    for path in sorted(p for p in csrc.rglob("*") if p.suffix in (".cpp", ".hpp", ".cu", ".cuh")):
+    digest = hashlib.sha256(repr((*build, GPU_FLAGS) if gpu else build).encode())
+    for path in _files(csrc, gpu):
         content = hashlib.sha256(path.read_bytes()).hexdigest()
         digest.update(f"{path.relative_to(csrc).as_posix()} {content}\n".encode())
     return digest.hexdigest()[:16]
 
 
-def installed() -> Path | None:
-    """The extension that setup.py built, if these are its sources and this is its torch."""
+def installed(gpu: bool = False) -> Path | None:
+    """The extension that setup.py built, if these are its sources and this is its torch.
+
+    One with kernels for the GPU serves always, one without where gpu is False.
+    """
     library, built_from = PACKAGE / LIBRARY, PACKAGE / FINGERPRINT
     if not (library.is_file() and built_from.is_file()):
         return None
-    return library if built_from.read_text().strip() == fingerprint(CSRC) else None
+    fitting = [fingerprint(CSRC, kind) for kind in ((True,) if gpu else (False, True))]
+    return library if built_from.read_text().strip() in fitting else None
 
 
-def cached() -> Path | None:
+def cached(gpu: bool = False) -> Path | None:
     """What an earlier `build` left, if anything."""
-    name = _cache_name()
+    name = _cache_name(gpu)
     return next((f / name for f in _cache_folders() if (f / name).is_file()), None)
 
 
-def build() -> Path:
-    """Compiles the extension into the cache.
+def build(gpu: bool = False) -> Path:
+    """Compiles the extension into the cache; gpu: with the GPU's kernels.
 
     Each process builds in a folder of its own and renames the result: what has its final name is
     whole, and processes that come first at the same time do not disturb each other.
     """
     if os.environ.get("EXL3_NO_BUILD"):
         raise NoKernels("EXL3_NO_BUILD is set and nothing that fits is built yet; unset it")
-    name, cache = _cache_name(), _writable_cache()
+    if gpu:
+        need_gpu_compiler()
+    name, cache = _cache_name(gpu), _writable_cache()
     why = f"there are none yet for torch {torch.__version__}"
     if (PACKAGE / LIBRARY).is_file():
         why = "those installed are of other sources or another torch"
-    _say(f"Building exl3's C++ kernels, once, about a minute ({why}) ...")
+    kernels, minutes = ("C++ and GPU", "some minutes") if gpu else ("C++", "about a minute")
+    _say(f"Building exl3's {kernels} kernels, once, {minutes} ({why}) ...")
     with tempfile.TemporaryDirectory(dir=cache, prefix="building-") as folder:
-        built = _compile(Path(folder))
-        if _cache_name() != name:
+        built = _compile(Path(folder), gpu)
+        if _cache_name(gpu) != name:
             raise NoKernels("their sources changed while they were built; try again")
         with open(built, "rb+") as file:
             os.fsync(file.fileno())
@@ -130,9 +202,10 @@ def compiler() -> str:
     return f"{command} {path} {(done.stdout or done.stderr).partition(chr(10))[0]}"
 
 
-def _cache_name() -> str:
-    compiled_by = hashlib.sha256(compiler().encode()).hexdigest()[:8]
-    return f"{fingerprint(CSRC)}-{compiled_by}{Path(LIBRARY).suffix}"
+def _cache_name(gpu: bool) -> str:
+    by = f"{compiler()} {chips()}" if gpu else compiler()
+    compiled_by = hashlib.sha256(by.encode()).hexdigest()[:8]
+    return f"{fingerprint(CSRC, gpu)}-{compiled_by}{Path(LIBRARY).suffix}"
 
 
 def _cache_folders() -> Iterator[Path]:
@@ -161,13 +234,17 @@ def _writable_cache() -> Path:
     raise NoKernels("no folder to build them in is writable; name one in EXL3_CACHE")
 
 
-def _compile(folder: Path) -> Path:
+def _compile(folder: Path, gpu: bool) -> Path:
     """Compiles all sources in a folder. Returns the library, which has been loaded once."""
+    csrc = CSRC
+    if torch.version.hip and gpu:  # hipify writes beside its sources
+        csrc = Path(shutil.copytree(CSRC, folder / "csrc"))
     arguments = {
         "name": Path(LIBRARY).stem,
-        "sources": [str(path) for path in sources(CSRC)],
-        "extra_include_paths": [str(CSRC)],
+        "sources": [str(path) for path in sources(csrc, gpu)],
+        "extra_include_paths": [str(csrc)],
         "extra_cflags": FLAGS,
+        "extra_cuda_cflags": GPU_FLAGS,
         "build_directory": str(folder),
         "is_python_module": False,
     }

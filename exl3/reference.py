@@ -3,15 +3,69 @@
 import torch
 
 from exl3.format.codebook import STATES, codebook_table
-from exl3.format.trellis import LENGTH, tiles_to_matrix, unpack
+from exl3.format.hadamard import hadamard_columns, hadamard_rows
+from exl3.format.trellis import LENGTH, TILE, tiles_to_matrix, unpack
 
 GROUP = 4  # tiles searched at a time: bounds the memory of the back pointers
+PANEL_WEIGHTS = 1 << 26  # of W_hat that are decoded at a time
+# Whether torch multiplies float16 into float32 on a GPU (2.8 and newer).
+OUT_DTYPE = hasattr(torch.ops.aten.mm, "dtype")
 
 
 def decode_trellis(trellis: torch.Tensor, codebook: str, threads: int) -> torch.Tensor:
     """See `exl3.ops.decode_trellis`."""
     states = unpack(trellis).to(torch.int32) & 0xFFFF
-    return tiles_to_matrix(codebook_table(codebook)[states])
+    return tiles_to_matrix(codebook_table(codebook).to(trellis.device)[states])
+
+
+def hadamard_128(
+    x: torch.Tensor, before: torch.Tensor | None, after: torch.Tensor | None, threads: int
+) -> torch.Tensor:
+    """See `exl3.ops.hadamard_128`."""
+    y = hadamard_rows(x.float() if before is None else x.float() * before.float())
+    return (y if after is None else y * after.float()).to(x.dtype)
+
+
+def decode_weight(
+    trellis: torch.Tensor,
+    suh: torch.Tensor,
+    svh: torch.Tensor,
+    codebook: str,
+    dtype: torch.dtype,
+    threads: int,
+) -> torch.Tensor:
+    """See `exl3.ops.decode_weight`."""
+    inner = torch.ops.exl3.decode_trellis(trellis, codebook, threads).float()
+    weight = hadamard_rows(hadamard_columns(inner)) * suh.float()[:, None] * svh.float()
+    return weight.to(dtype)
+
+
+def fused_linear(
+    x: torch.Tensor,
+    trellis: torch.Tensor,
+    suh: torch.Tensor,
+    svh: torch.Tensor,
+    bias: torch.Tensor | None,
+    codebook: str,
+    threads: int,
+) -> torch.Tensor:
+    """See `exl3.ops.linear`; what it is made of are ops, so this is fast for many rows."""
+    rows = torch.ops.exl3.hadamard_128(x, suh, None, threads)
+    y = torch.empty(len(x), len(svh), device=x.device)
+    columns = max(1, PANEL_WEIGHTS // (len(suh) * TILE))  # of tiles
+    for at in range(0, trellis.shape[1], columns):
+        part = trellis[:, at : at + columns].contiguous()
+        inner = torch.ops.exl3.decode_trellis(part, codebook, threads)
+        y[:, at * TILE : (at + columns) * TILE] = _product(rows, inner)
+    y = torch.ops.exl3.hadamard_128(y, None, svh, threads)
+    return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
+def _product(x: torch.Tensor, inner: torch.Tensor) -> torch.Tensor:
+    """x W_hat in float32: sums over the inputs may leave float16's range."""
+    if x.is_cuda and x.dtype == torch.float16 and OUT_DTYPE:
+        return torch.mm(x, inner, out_dtype=torch.float32)
+    return x.float() @ inner.float()
 
 
 def encode_tiles(

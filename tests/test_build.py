@@ -68,7 +68,7 @@ def package(tmp_path, monkeypatch):
     return tmp_path / "package"
 
 
-def compiled_at_once(folder):
+def compiled_at_once(folder, gpu=False):
     library = folder / build.LIBRARY
     library.write_bytes(b"library")
     return library
@@ -105,6 +105,105 @@ def test_another_compiler_builds_anew(package, monkeypatch):
     assert build.cached() == built
     monkeypatch.setattr(build, "compiler", lambda: "c++ 2")
     assert build.cached() is None
+
+
+@pytest.fixture
+def gpu_torch(package, monkeypatch):
+    """Makes this torch one for CUDA that sees a chip; nvcc is here unless a test takes it away."""
+    for name in ("is_available", "device_count", "get_device_capability"):
+        answer = {"is_available": True, "device_count": 1, "get_device_capability": (8, 9)}[name]
+        monkeypatch.setattr(build.torch.cuda, name, lambda *_, answer=answer: answer)
+    monkeypatch.setattr(build.torch.version, "cuda", "12.8")
+    monkeypatch.setattr(build, "need_gpu_compiler", lambda: None)
+    monkeypatch.setattr(build, "_compile", compiled_at_once)
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    (build.CSRC / "cuda").mkdir()
+    (build.CSRC / "cuda" / "k.cu").write_text("int k;\n")
+    (build.CSRC / "bind_cuda.cpp").write_text("int b;\n")
+    loaded = []
+    monkeypatch.setattr(build.torch.ops, "load_library", loaded.append)
+    return loaded
+
+
+def test_gpu_kernels_are_built_where_torch_has_a_gpu(gpu_torch, capsys):
+    assert build.load_kernels() and build.load_kernels()
+    assert gpu_torch == [str(build.cached(gpu=True))] * 2
+    assert capsys.readouterr().err.count("C++ and GPU kernels, once") == 1
+    assert build.cached() is None
+    names = [path.name for path in build.sources(build.CSRC, gpu=True)]
+    assert names == ["a.cpp", "bind_cuda.cpp", "k.cu"]
+
+
+def test_gpu_sources_and_chips_are_part_of_that_build_alone(gpu_torch, monkeypatch):
+    cpu = build._cache_name(False)
+    seen = {build._cache_name(True)}
+    (build.CSRC / "cuda" / "k.cu").write_text("int l;\n")
+    seen.add(build._cache_name(True))
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
+    seen.add(build._cache_name(True))
+    assert len(seen) == 3
+    assert build._cache_name(False) == cpu
+    assert [path.name for path in build.sources(build.CSRC)] == ["a.cpp"]
+
+
+@pytest.mark.parametrize("missing", ["nvcc", "success"])
+def test_without_nvcc_the_cpu_kernels_serve(gpu_torch, monkeypatch, capsys, missing):
+    def fails(*arguments):
+        if missing == "nvcc" or (arguments and arguments[-1] is True):
+            raise build.NoKernels("nvcc, which builds them, is missing")
+        return compiled_at_once(*arguments)
+
+    if missing == "nvcc":
+        monkeypatch.setattr(build, "need_gpu_compiler", fails)
+    else:
+        monkeypatch.setattr(build, "_compile", fails)
+    assert build.load_kernels()
+    assert gpu_torch == [str(build.cached())]
+    lines = capsys.readouterr().err.splitlines()
+    assert sum("no kernels for the GPU" in line and "nvcc" in line for line in lines) == 1
+
+
+def test_installed_extension_with_gpu_kernels_serves_without_nvcc(gpu_torch, monkeypatch, capsys):
+    library = compiled_at_once(build.PACKAGE)
+    (build.PACKAGE / build.FINGERPRINT).write_text(build.fingerprint(build.CSRC, gpu=True))
+    monkeypatch.setattr(build, "need_gpu_compiler", None)
+    assert build.load_kernels()
+    monkeypatch.setattr(build.torch.cuda, "is_available", lambda: False)
+    assert build.load_kernels()
+    assert gpu_torch == [str(library)] * 2
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="scripts are no programs on Windows")
+def test_need_of_a_gpu_compiler_names_what_is_missing(tmp_path, monkeypatch):
+    from torch.utils import cpp_extension
+
+    monkeypatch.setattr(build.torch.version, "cuda", "12.8")
+    monkeypatch.delenv("EXL3_NO_CUDA", raising=False)
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", None)
+    with pytest.raises(build.NoKernels, match=r"nvcc.*CUDA toolkit 12\.8.*CUDA_HOME"):
+        build.need_gpu_compiler()
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "nvcc").write_text("#!/bin/sh\n")
+    (tmp_path / "bin" / "nvcc").chmod(0o755)
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(tmp_path))
+    with pytest.raises(build.NoKernels, match="not CUDA's headers"):
+        build.need_gpu_compiler()
+    (tmp_path / "include").mkdir()
+    (tmp_path / "include" / "cuda_runtime.h").touch()
+    build.need_gpu_compiler()
+    monkeypatch.setenv("EXL3_NO_CUDA", "1")
+    with pytest.raises(build.NoKernels, match="EXL3_NO_CUDA"):
+        build.need_gpu_compiler()
+
+
+def test_chips(monkeypatch):
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    monkeypatch.setattr(build.torch.cuda, "device_count", lambda: 0)
+    assert build.chips() == build.DEFAULT_CHIPS
+    monkeypatch.setattr(build.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(build.torch.cuda, "get_device_capability", lambda i: (12 - 3 * i, 0))
+    assert build.chips() == "9.0;12.0"
 
 
 def test_compiler_is_known_by_place_and_version(tmp_path, monkeypatch):
@@ -158,7 +257,7 @@ def test_finished_cache_is_used_without_building(package, monkeypatch, capsys):
 
 
 def test_killed_build_leaves_nothing_that_looks_complete(package, monkeypatch):
-    def killed(folder):
+    def killed(folder, gpu):
         compiled_at_once(folder)
         raise KeyboardInterrupt
 
@@ -172,8 +271,8 @@ def test_killed_build_leaves_nothing_that_looks_complete(package, monkeypatch):
 def test_second_of_two_builds_takes_the_first_ones(package, monkeypatch):
     monkeypatch.setattr(build, "_compile", compiled_at_once)
 
-    def overtaken(folder):
-        first = build._writable_cache() / build._cache_name()
+    def overtaken(folder, gpu):
+        first = build._writable_cache() / build._cache_name(gpu)
         first.write_bytes(b"first")
         return compiled_at_once(folder)
 
@@ -182,7 +281,7 @@ def test_second_of_two_builds_takes_the_first_ones(package, monkeypatch):
 
 
 def test_sources_that_change_meanwhile_are_not_cached(package, monkeypatch):
-    def edited(folder):
+    def edited(folder, gpu):
         (build.CSRC / "a.cpp").write_text("int edited;\n")
         return compiled_at_once(folder)
 

@@ -306,3 +306,60 @@ def test_decode_trellis_empty() -> None:
 def test_decode_trellis_bad_arguments(trellis: torch.Tensor, codebook: str) -> None:
     with pytest.raises(RuntimeError):
         torch.ops.exl3.decode_trellis(trellis, codebook, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_hadamard_128_against_reference(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 37, 384, generator=generator).to(dtype)
+    before, after = (torch.randn(384, generator=generator).half() for _ in range(2))
+    for scales in ((None, None), (before, None), (None, after), (before, after)):
+        results = [torch.ops.exl3.hadamard_128(x, *scales, threads) for threads in (1, 3)]
+        assert torch.equal(*results)
+        assert results[0].dtype == dtype
+        expected = reference.hadamard_128(x.float(), *scales, 1)
+        error = (results[0].float() - expected).norm() / expected.norm()
+        assert error < (1e-6 if dtype == torch.float32 else 3e-4)
+
+
+def test_hadamard_128_twice_is_nothing_done() -> None:
+    x = torch.randn(5, 256, generator=torch.Generator().manual_seed(0))
+    once = ops.hadamard_128(x)
+    assert (once - x).norm() > x.norm()
+    assert torch.allclose(ops.hadamard_128(once), x, atol=1e-5)
+    assert ops.hadamard_128(x.t().contiguous().t()).equal(once)
+    assert ops.hadamard_128(torch.empty(0, 128)).shape == (0, 128)
+    assert ops.hadamard_128(torch.empty(3, 0)).shape == (3, 0)
+
+
+@pytest.mark.parametrize(
+    ("x", "before"),
+    [
+        (torch.zeros(2, 100), None),
+        (torch.zeros(2, 128, dtype=torch.float64), None),
+        (torch.zeros(()), None),
+        (torch.zeros(2, 128), torch.ones(64).half()),
+    ],
+)
+def test_hadamard_128_bad_arguments(x: torch.Tensor, before: torch.Tensor | None) -> None:
+    with pytest.raises(RuntimeError):
+        torch.ops.exl3.hadamard_128(x, before, None, 1)
+    with pytest.raises(ValueError, match=r"shape|float32|scales"):
+        ops.hadamard_128(x, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_decode_weight_is_the_product_of_its_parts(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    trellis = torch.randint(
+        -(1 << 15), 1 << 15, (16, 8, 48), dtype=torch.int16, generator=generator
+    )
+    suh, svh = (torch.randn(n, generator=generator).half() for n in (256, 128))
+    weight = ops.decode_weight(trellis, suh, svh, "mcg", dtype)
+    assert weight.dtype == dtype
+    h = reference.hadamard_rows(torch.eye(128, dtype=torch.float64))
+    inner = ops.decode_trellis(trellis, "mcg").double()
+    left = torch.block_diag(h, h) * suh.double()[:, None]
+    expected = left @ inner @ (h * svh.double())
+    error = (weight.double() - expected).norm() / expected.norm()
+    assert error < (1e-6 if dtype == torch.float32 else 3e-4)

@@ -24,7 +24,7 @@ def compare(
     Models run in float32, one block in memory at a time. quiet: shows no progress. loading: what
     else `open_model` takes.
     """
-    models = [open_model(folder, **loading) for folder in (reference, *quants)]
+    models = [open_model(folder, packed=True, **loading) for folder in (reference, *quants)]
     scores = [Scores() for _ in models]
     work = sum(stream_work(model, rows) for model in models)
     with Progress(work, title, quiet) as progress:

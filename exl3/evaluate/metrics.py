@@ -54,7 +54,7 @@ def row_metrics(
         expected = None if reference is None else reference[0, part].to(logits.device)
         return _metrics(logits[0, part], following[part], expected)
 
-    with parallel.one_thread_per_op():
+    with parallel.one_thread_per_op(), parallel.work_on(logits.device):
         chunks = parallel.each(chunk, range(0, length, step))
     return {name: torch.cat([c[name] for c in chunks], -1).cpu() for name in chunks[0]}
 
@@ -73,7 +73,7 @@ def row_kld(logits: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
         )
         return _divergences(expected, got)[0]
 
-    with parallel.one_thread_per_op():
+    with parallel.one_thread_per_op(), parallel.work_on(logits.device):
         return torch.cat(parallel.each(chunk, range(0, length, step))).cpu()
 
 

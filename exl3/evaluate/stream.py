@@ -79,7 +79,7 @@ def _last_states(
         model.load_block(i)
         try:
             # Only here: a generator that is left halfway must not keep torch on one thread.
-            with parallel.one_thread_per_op():
+            with parallel.one_thread_per_op(), parallel.work_on(model.device):
                 parallel.each(advance, range(len(rows)))
         finally:
             model.free_block(i)
@@ -89,14 +89,15 @@ def _last_states(
 
 
 def row_logits(model: StreamedModel, row: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
-    """Logits (1, length, vocab) of one row; norm and head know no position, so it may be cut."""
+    """Logits (1, length, vocab) of one row, on the model's device; norm and head know no position,
+    so it may be cut."""
     vocab = model.head()[1].out_features
-    out = torch.empty(*row.shape, vocab, dtype=model.dtype, device=state.device)
+    out = torch.empty(*row.shape, vocab, dtype=model.dtype, device=model.device)
 
     def piece(start: int) -> None:
         part = slice(start, start + TAIL_TOKENS)
         out[:, part] = model.run_tail(row[:, part], state[:, part])
 
-    with parallel.one_thread_per_op():
+    with parallel.one_thread_per_op(), parallel.work_on(model.device):
         parallel.each(piece, range(0, row.shape[1], TAIL_TOKENS))
     return out

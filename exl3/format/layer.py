@@ -5,11 +5,13 @@ import torch
 from exl3 import ops
 from exl3.errors import UserError
 from exl3.format.codebook import CODEBOOKS
-from exl3.format.hadamard import HADAMARD, hadamard_columns, hadamard_rows
+from exl3.format.hadamard import HADAMARD
 from exl3.format.trellis import STATE_BITS, TILE
 
 # Everything a layer may be stored as, under its key: the bias is the only optional weight.
 LAYER_TENSORS = ("trellis", "suh", "svh", "su", "sv", "mcg", "mul1", "bias")
+
+UNQUANTIZED = 16  # "bits" of a layer that is stored as it was
 
 PANEL = 2048  # columns that are decoded at a time
 
@@ -46,20 +48,20 @@ def decode_layer(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
     tensors: the layer's tensors by their names without the key prefix.
     Returns W, float32 (in, out), padded shape. UserError if the tensors contradict each other.
     """
-    trellis, suh, svh = _checked(tensors)
+    trellis, suh, svh = layer_parts(tensors)
     codebook = layer_codebook(tensors)
-    weight = torch.empty(len(suh), len(svh))
+    weight = torch.empty(len(suh), len(svh), device=trellis.device)
     for a in range(0, len(svh), PANEL):  # columns, whole Hadamard blocks: bounds the memory
         part = slice(a, a + PANEL)
-        inner = ops.decode_trellis(trellis[:, a // TILE : (a + PANEL) // TILE], codebook).float()
-        weight[:, part] = hadamard_rows(hadamard_columns(inner)) * suh[:, None] * svh[part]
+        tiles = slice(a // TILE, (a + PANEL) // TILE)
+        weight[:, part] = ops.decode_weight(trellis[:, tiles], suh, svh[part], codebook)
     return weight
 
 
-def _checked(
+def layer_parts(
     tensors: dict[str, torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """trellis, and both scales as float32 vectors of the trellis's dimensions."""
+    """trellis, suh and svh, float16 of the trellis's dimensions; UserError as `decode_layer`."""
     if "trellis" not in tensors:
         raise UserError(f"a layer needs a trellis; there are only {sorted(tensors)}")
     trellis = tensors["trellis"]
@@ -77,9 +79,9 @@ def _checked(
 def _scale(tensors: dict[str, torch.Tensor], name: str, old: str) -> torch.Tensor:
     """The scales `name`, or the signs of the old bit field: 16 channels a word, set = -1."""
     if name in tensors:
-        return tensors[name].float()
+        return tensors[name].half()
     if old not in tensors:
         raise UserError(f"a layer needs {name} (or {old}); there are only {sorted(tensors)}")
     words = tensors[old].to(torch.int32) & 0xFFFF
-    bit = (words[:, None] >> torch.arange(16, dtype=torch.int32)) & 1
-    return 1.0 - 2.0 * bit.reshape(-1).float()
+    bit = (words[:, None] >> torch.arange(16, dtype=torch.int32, device=words.device)) & 1
+    return 1 - 2 * bit.reshape(-1).half()

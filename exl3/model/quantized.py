@@ -2,15 +2,21 @@
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from exl3 import ops
 from exl3.errors import UserError
 from exl3.format.layer import LAYER_TENSORS, decode_layer, padded
 from exl3.format.trellis import TILE
 from exl3.model.checkpoint import Checkpoint, read_json
 from exl3.model.rope import Rope
 from exl3.model.streamed import StreamedModel
+
+OTHER_ROPE = (
+    "the quants were made with changed rotary embeddings (-ra, -rs); the original is run with them"
+)
 
 
 class QuantizedCheckpoint:
@@ -71,6 +77,16 @@ class QuantizedCheckpoint:
             tensor = self.stored.tensor(key)
         return tensor[tuple(slice(n) for n in self.shape(key))]
 
+    def is_layer(self, key: str) -> bool:
+        """Whether a key is the weight of a quantized layer."""
+        return self._is_weight(key)
+
+    def layer(self, key: str) -> dict[str, torch.Tensor]:
+        """All that the layer with the weight `key` is stored as, by leaf names."""
+        name = self._layer(key)
+        leaves = [leaf for leaf in LAYER_TENSORS if f"{name}.{leaf}" in self._names]
+        return {leaf: self.stored.tensor(f"{name}.{leaf}") for leaf in leaves}
+
     def matrix(self, key: str, index: int) -> torch.Tensor:
         """`tensor(key)[index]`."""
         return self.tensor(key)[index]
@@ -102,18 +118,48 @@ class QuantizedCheckpoint:
 
 
 def open_model(
-    folder: str | Path, trust_remote_code: bool = False, rope: Rope | None = None
+    folder: str | Path,
+    trust_remote_code: bool = False,
+    rope: Rope | None = None,
+    device: torch.device | str = "cpu",
+    packed: bool = False,
 ) -> StreamedModel:
     """An original or an EXL3 model as a stream of blocks in float32.
 
     rope: changes to an original's rotary embeddings; a quant's config says them itself.
+    packed: the model is only run, so a quant's linears may stay packed (see `runs_packed`).
     """
     quantization = read_json(Path(folder) / "config.json").get("quantization_config")
     exl3 = isinstance(quantization, dict) and quantization.get("quant_method") == "exl3"
+    quant = QuantizedCheckpoint(folder) if exl3 else None
     return StreamedModel(
         folder,
-        checkpoint=QuantizedCheckpoint(folder) if exl3 else None,
+        checkpoint=quant,
+        device=device,
         dtype=torch.float32,
         trust_remote_code=trust_remote_code,
         rope=None if exl3 else rope,
+        packed=quant if packed and runs_packed(device) else None,
     )
+
+
+def runs_packed(device: torch.device | str) -> bool:
+    """Whether quants run packed there: where the kernels for it are. The CPU decodes them once for
+    all rows, which costs it less."""
+    return torch.device(device).type == "cuda" and ops.HAVE_GPU_KERNELS
+
+
+def like_quant(
+    original: StreamedModel, quant: StreamedModel, trust_remote_code: bool = False
+) -> StreamedModel:
+    """The original, with the rotary embeddings that a quant of it was made with (-ra, -rs)."""
+    ours, theirs = (rope_parameters(model) for model in (original, quant))
+    if ours == theirs:
+        return original
+    rope = Rope(like=theirs or {})
+    return open_model(original.path, trust_remote_code, rope, original.device)
+
+
+def rope_parameters(model: StreamedModel) -> Any:
+    """What a model's config says about its rotary embeddings, None for one that has none."""
+    return getattr(model.config.get_text_config(decoder=True), "rope_parameters", None)

@@ -7,7 +7,7 @@ import torch
 from exl3.evaluate.engines.base import Engine
 from exl3.evaluate.engines.place import Place
 from exl3.evaluate.stream import stream_logits
-from exl3.model.quantized import QuantizedCheckpoint
+from exl3.model.quantized import QuantizedCheckpoint, runs_packed
 from exl3.model.streamed import StreamedModel
 from exl3.progress import Progress
 
@@ -19,12 +19,14 @@ class StreamedEngine(Engine):
 
     def __init__(self, place: Place, device: torch.device, trust_remote_code: bool) -> None:
         super().__init__(place)
+        quant = QuantizedCheckpoint(place.path) if place.is_exl3 else None
         self.model = StreamedModel(
             place.path,
-            checkpoint=QuantizedCheckpoint(place.path) if place.is_exl3 else None,
+            checkpoint=quant,
             device=device,
             dtype=torch.float32,
             trust_remote_code=trust_remote_code,
+            packed=quant if runs_packed(device) else None,
         )
         self.vocab = self.model.head()[1].out_features
         text = self.model.config.get_text_config(decoder=True)
