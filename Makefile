@@ -1,6 +1,7 @@
 # make install [TORCH=torch==2.9.1]   a .venv with everything, built
 # make demo [MODEL=dir]               a real model at 4, 3 and 2 bits, a table and a chart
-.PHONY: install demo test slow lint bench clean
+# make gpu-check [PYTHON=python3]     builds, tests and measures on a GPU; wants a CUDA torch
+.PHONY: install demo test slow lint bench gpu-check clean
 
 TORCH ?= torch==2.13.0
 PYTHON ?= python3
@@ -34,6 +35,9 @@ lint: install
 
 bench: install
 	$(BIN)/python bench/encode_tiles.py
+
+gpu-check:
+	$(PYTHON) bench/gpu_check.py
 
 clean:
 	rm -rf .venv build demo exl3/_C*.so *.egg-info

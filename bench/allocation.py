@@ -14,8 +14,8 @@ from math import floor
 from pathlib import Path
 
 from exl3 import parallel
-from exl3.allocate import Options, Solution, ends_first, solution, solve
-from exl3.jobs.candidates import TOLERANCE, Problem
+from exl3.allocate import TOLERANCE, Options, Solution, ends_first, solution, solve
+from exl3.jobs.candidates import Problem
 from exl3.jobs.splice_check import held_out_rows, measure, notes_of
 from exl3.measurement import read_measurement
 from exl3.splice import Quant

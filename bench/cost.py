@@ -21,9 +21,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 ROOT = Path(__file__).resolve().parents[1]
 WAYS = {
     "plain LDLQ": ["--no_correction", "--hessian", "input"],
-    "correction": ["--hessian", "input"],
+    "correction": ["--hessian", "input", "--uniform"],
     "output Hessians": ["--no_correction"],
-    "both (default)": [],
+    "both": ["--uniform"],
+    "default": [],
 }
 
 

@@ -34,22 +34,28 @@ from exl3.jobs.settings import read_request
 from exl3.model.quantized import open_model
 
 PLAIN = ["--no_correction", "--hessian", "input"]
-# Variant: flags of convert.py on top of the study's own.
+# Variant: flags of convert.py on top of the study's own. At bits that are no whole number all share
+# out bits, and `UNIFORM` is left out.
+UNIFORM = "--uniform"
 VARIANTS = {
     "baseline": PLAIN,  # the ones of this name: without what `plain` switches off besides
     "refit": PLAIN,
-    "correction": ["--hessian", "input"],
+    "correction": ["--hessian", "input", UNIFORM],
     "output Hessians": ["--no_correction"],
-    "both": [],
-    "both, tuned": ["--tune", "40"],
+    "both": [UNIFORM],
+    "correction, bits shared out": ["--hessian", "input"],
+    "default": [],
+    "default, tuned": ["--tune", "40"],
     "baseline, tuned": [*PLAIN, "--tune", "40"],
-    "both, 64 rows of gradients": ["--hessian_rows", "64"],
-    "both, 256 rows": ["-cr", "256"],
+    "default, 64 rows of gradients": ["--hessian_rows", "64"],
+    "default, 256 rows": ["-cr", "256"],
     "baseline, 256 rows": [*PLAIN, "-cr", "256"],
-    "both, mcg": ["-cb", "mcg"],
-    "both, 3inst": ["-cb", "3inst"],
+    "default, mcg": ["-cb", "mcg"],
+    "default, 3inst": ["-cb", "3inst"],
+    "default, head as it is": ["-hb", "16"],
+    "baseline, head as it is": [*PLAIN, "-hb", "16"],
 }
-MAIN = ("baseline", "correction", "output Hessians", "both")
+MAIN = ("baseline", "correction", "output Hessians", "both", "default")
 RESAMPLES = 2000
 
 
@@ -63,6 +69,7 @@ def plain() -> Iterator[None]:
     with (
         mock.patch("exl3.quant.linear.refit_output_scales", ones),
         mock.patch("exl3.jobs.experts.own_weights", torch.zeros_like),
+        mock.patch("exl3.jobs.experts.token_weights", lambda shares, _: torch.ones_like(shares)),
     ):
         yield
 
@@ -72,6 +79,8 @@ def make_quant(
 ) -> float:
     """Converts and returns the CPU seconds it took."""
     text = ["-c", str(args.text)] if args.text else []
+    if bits != int(bits):
+        flags = [flag for flag in flags if flag != UNIFORM]
     given = [
         *("-i", str(args.model), "-o", str(out / "quant"), "-w", str(out / "work")),
         *("-b", f"{bits:g}", "-hb", "6", "-cr", str(args.rows), "-cc", str(args.length), *text),

@@ -17,6 +17,8 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
 MAX_BITS = 8
+ALL_BITS = range(1, MAX_BITS + 1)
+TOLERANCE = 0.02  # bits a weight: what may be left of a budget where the groups allow more
 CAUTION = 1.0  # standard errors that a gain must stand out
 NODES = 20_000  # of the search tree: a limit that, unlike time, gives the same result everywhere
 TIE = 1e-6  # of the greatest gain: what being an earlier group is worth between equals

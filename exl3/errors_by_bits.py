@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 
+from exl3.format.layer import UNQUANTIZED
+
 # Mean squared error over variance of unit Gaussian weights at the best scale, K = 1 to 8, as
 # `python bench/scale_table.py` measures it on 2,048 tiles (errors there are multiples of 4^-K).
 RELATIVE_ERROR = {
@@ -14,7 +16,6 @@ RELATIVE_ERROR = {
 # error at 2 bits (geometric means of proxy errors); this gives 0.222 and 0.055, the table alone
 # 0.255 and 0.065.
 FEEDBACK = 3.0
-UNQUANTIZED = 16
 FLOAT16 = 1e-7  # relative error of what is stored as it was, about
 DEFAULT = "mul1"  # where nothing tells the codebook
 

@@ -73,7 +73,8 @@ def group(keys_by_block: Sequence[Sequence[str]], level: int) -> list[Group]:
     level: 0 a whole block; 1 attention | MLP with all its experts; 2 the same with shared experts
     apart; 3 q | k and v | o | gate and up | down, experts of one kind together, shared ones apart;
     4 every linear, but experts of one kind together. At every level the experts of a kind are in
-    one group, for they have one K. ValueError for any other level.
+    one group, for they have one K; at 3 and 4 a linear whose name is not known is in one of its
+    own. ValueError for any other level.
     """
     if level not in LEVELS:
         raise ValueError(f"level must be 0 to 4, not {level}")
@@ -96,7 +97,7 @@ def _name(key: str, keys: Sequence[str], level: int) -> str:
             return "shared"
         *path, leaf = key.split(".")
         return _half(path, leaf)
-    if level == 3:
+    if level == 3 and role != "other":
         role = TOGETHER.get(role, role)
     elif family != "experts" and sum(kind(other) == kind(key) for other in keys) > 1:
         return _tail(key, keys)  # such as the two of a low rank

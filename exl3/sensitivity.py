@@ -1,42 +1,35 @@
-"""What bits are worth where nothing was measured: a guess by kind and place of a layer.
+"""What bits of a layer are worth: how much its rounding harms the model's predictions."""
 
-A group's KLD is taken as proportional to its weights, the relative error of its layers (so 4^-K,
-about) and a sensitivity per weight. Twice the sensitivity is worth half a bit, so only factors
-matter, and only coarsely; what they can do to a model is limited by the options that
-`exl3.jobs.plan` offers.
-"""
+import torch
 
-# Geometric means over the inner blocks of a small Llama, each linear alone at 2 bits in the
-# original, relative to `down` (docs/benchmarks.md), rounded towards 1. Why they differ: k and v
-# have few outputs that several heads read; up and gate are softened by each other's product.
-KINDS = {
-    "q": 1.5,
-    "k": 3.0,
-    "v": 2.0,
-    "kv": 2.5,
-    "qkv": 2.0,
-    "o": 0.7,
-    "gate": 0.8,
-    "up": 0.5,
-    "gate_up": 0.65,
-    "down": 1.0,
-}
-# Errors of the first block run through all others, those of the last meet the head at once; there
-# 15 (of its MLP) and 3 were measured.
-FIRST, LAST = 8.0, 3.0
+Scales = tuple[torch.Tensor, torch.Tensor]
 
 
-def sensitivity(kind: str, block: int, blocks: int, used: float) -> float:
-    """KLD per weight and relative error, in arbitrary units.
+def channel_scales(weight: torch.Tensor) -> Scales:
+    """Of the input channels (in,) and the output channels (out,) of a weight (out, in), float32.
 
-    kind: as `exl3.groups.kind` has it; used: the share of tokens that meet a routed expert, by
-    which an expert's errors count less.
+    As `exl3.quant.incoherence` takes them: W_ij over both has unit variance, about, and so
+    rounding errors have a variance proportional to the squares of both.
     """
-    family, _, role = kind.rpartition(".")
-    value = KINDS.get(role, 1.0) * (used if family == "experts" else 1.0)
-    if blocks > 2:
-        value *= FIRST if block == 0 else LAST if block == blocks - 1 else 1.0
-    return value
+    outputs = weight.float().square().mean(1).sqrt()
+    inverse = torch.where(outputs > 0, 1 / outputs, 0.0)
+    return (weight.float() * inverse[:, None]).square().mean(0).sqrt(), outputs
+
+
+def rounding_kld(inputs: torch.Tensor, gradients: torch.Tensor, scales: Scales) -> float:
+    """KLD of a layer's rounding errors, per unit of their relative variance, summed over tokens.
+
+    inputs: x (tokens, in); gradients: d (tokens, out), of the loss at the layer's outputs, with
+    targets drawn from the model's own predictions. To second order a small change E of W costs a
+    KLD of 1/2 sum over tokens of (x^T E d)^2 on average over the targets (Fisher information;
+    Martens, arXiv 1412.1193, sections 5 and 9.2); for independent errors of variance v s_i^2 t_j^2
+    that is v/2 sum over tokens of |s x|^2 |t d|^2. Both factors belong to one token: activations
+    that are huge where the loss does not look do not count.
+    """
+    s, t = scales
+    through = (inputs.float() * s).square().sum(1)
+    back = (gradients.float() * t).square().sum(1)
+    return 0.5 * float((through.double() * back.double()).sum())
 
 
 def share_of_tokens(config: object) -> float:

@@ -20,7 +20,7 @@ from exl3.format.directory import (
     write_configs,
     write_weights,
 )
-from exl3.format.layer import LAYER_TENSORS
+from exl3.format.layer import LAYER_TENSORS, UNQUANTIZED
 from exl3.format.stored_layer import StoredLayer, read_layer
 from exl3.groups import kind
 from exl3.jobs import out_folder
@@ -29,7 +29,6 @@ from exl3.progress import Progress
 from exl3.tensor_files import LazyTensor, tensor_bytes
 
 RECORD = "splice.json"  # in the output: where every layer came from
-UNQUANTIZED = 16  # K of a module that is stored as it was
 MIXED = "mixed"  # the codebook of a model whose layers have several
 # Fields of a config that say nothing about the model.
 IRRELEVANT = {"quantization_config", "transformers_version", "_name_or_path", "use_cache"}
@@ -91,7 +90,7 @@ class Quant:
         return 8 * sum(map(self.tensors.nbytes, self.modules.get(name, {}).values()))
 
     def k(self, name: str) -> int:
-        """Bits of a module's codes; 16 if it is not quantized."""
+        """Bits of a module's codes; UNQUANTIZED if it is not quantized."""
         return self.layers[name].bits if name in self.layers else UNQUANTIZED
 
     def head(self) -> str | None:

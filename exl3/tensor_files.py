@@ -1,12 +1,16 @@
-"""Safetensors files written one tensor at a time."""
+"""Safetensors files: opened, and written one tensor at a time."""
 
+import contextlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
+from exl3.errors import UserError
 from exl3.files import atomic_file
 
 SAFETENSORS_NAMES = {
@@ -42,6 +46,16 @@ class LazyTensor:
     @staticmethod
     def of(key: str, tensor: torch.Tensor) -> "LazyTensor":
         return LazyTensor(key, tuple(tensor.shape), tensor.dtype, lambda: tensor)
+
+
+@contextlib.contextmanager
+def opened(path: Path, way_out: str) -> Iterator[Any]:
+    """An open safetensors file. UserError, which tells the way out, if it cannot be read."""
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read ({error}); {way_out}") from None
 
 
 def write_safetensors(

@@ -146,7 +146,9 @@ def test_forgetting_removes_the_jobs_files_only(finished, tmp_path):
     shutil.copytree(finished("experts") / "work", work)
     mine = [work / name / "mine.txt" for name in ("", "layers", "experts", "gradients")]
     for path in mine:
+        path.parent.mkdir(exist_ok=True)
         path.write_text("mine")
+    (work / "gradients" / "state.1.safetensors").write_bytes(b"of a job that was killed")
     forget_job(work)
     assert {path for path in work.rglob("*") if path.is_file()} == {*mine, work / "lock"}
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,9 @@ from exl3 import files, parallel
 from exl3.errors import UserError
 from exl3.evaluate.compare import compare
 from exl3.format import decode_layer
+from exl3.jobs.job import TOKEN, encode_cost
+from exl3.jobs.workdir import WorkDir
+from exl3.model.streamed import StreamedModel
 
 CONVERT = Path(__file__).resolve().parents[1] / "convert.py"
 SIZES = {"hidden_size": 128, "intermediate_size": 192, "vocab_size": 300}
@@ -89,7 +93,7 @@ def test_every_layer_is_stored_padded_with_its_bits(tiny, finished):
         decoded = decode_layer(leaves)[: weight.shape[0], : weight.shape[1]]
         # Corrected for errors before it on 384 tokens, a layer is far from its original; what is
         # not the same layer at all is at 2.
-        assert (decoded - weight).square().sum() < 0.9 * weight.square().sum()
+        assert (decoded - weight).square().sum() < 1.2 * weight.square().sum()
         if f"{name}.bias" in source:
             bias = tensors[f"{name}.bias"]
             assert bias.dtype == torch.float16
@@ -175,6 +179,77 @@ def test_death_at_any_file_written_changes_no_byte(tiny, finished, tmp_path, mon
             assert checked or not (tmp_path / "out").exists()
     assert deaths >= 5
     assert digests(tmp_path / "out") == digests(finished)
+
+
+@pytest.mark.parametrize("moment", ["before", "within", "after"])
+def test_death_while_gradients_are_removed(tiny, finished, tmp_path, monkeypatch, capsys, moment):
+    """They go once the output is complete, and are not missed."""
+    job, work = flags(tiny, tmp_path / "out", tmp_path / "work"), tmp_path / "work"
+    drop, seen = WorkDir.drop_gradients, []
+
+    def dying(folder):
+        seen.extend(path.name for path in (work / "gradients").iterdir())
+        if moment == "within":
+            (work / "gradients" / seen[0]).unlink()
+        if moment == "after":
+            drop(folder)
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WorkDir, "drop_gradients", dying)
+        with pytest.raises(Killed):
+            run(*job)
+    assert len(seen) == 6
+    assert (work / "gradients").exists() == (moment != "after")
+    capsys.readouterr()
+    run("-w", str(work), "-r")
+    assert "is complete already" in capsys.readouterr().out
+    assert not (work / "gradients").exists()
+    assert digests(tmp_path / "out") == digests(finished)
+
+
+def test_an_output_that_was_deleted_is_written_again_without_gradients(
+    tiny, finished, tmp_path, monkeypatch
+):
+    from exl3.jobs import trace_back as job
+
+    def unwanted(*_):
+        raise AssertionError("all layers are finished")
+
+    work = tmp_path / "work"
+    run(*flags(tiny, tmp_path / "out", work))
+    assert not (work / "gradients").exists()
+    shutil.rmtree(tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "boundary_gradients", unwanted)
+        run("-w", str(work), "-r")
+    assert digests(tmp_path / "out") == digests(finished)
+    shutil.rmtree(tmp_path / "out")
+    (work / "layers" / "model.layers.1.mlp.up_proj.safetensors").unlink()
+    run("-w", str(work), "-r")
+    assert digests(tmp_path / "out") == digests(finished)
+
+
+@pytest.mark.parametrize("way", [(), ("--no_correction", "--hessian", "input")])
+def test_the_progress_ends_at_its_total(tiny, tmp_path, monkeypatch, way):
+    from exl3.jobs import convert as job
+
+    totals, ends = [], []
+
+    class Noted(job.Progress):
+        def close(self):
+            totals.append(self.total)
+            ends.append(self.done)
+            super().close()
+
+    monkeypatch.setattr(job, "Progress", Noted)
+    run(*flags(tiny, tmp_path / "out", tmp_path / "work"), *way)
+    assert ends == pytest.approx(totals)
+    streams, tokens = (1 if way else 2), 6 * 64
+    linears = StreamedModel(tiny).linears()
+    searched = sum(encode_cost(linear) for linear in linears.values())
+    passed = searched - encode_cost(linears["lm_head"])
+    assert totals[-1] == pytest.approx(searched + streams * TOKEN * tokens * passed)
 
 
 def test_no_finished_linear_is_quantized_again(tiny, finished, tmp_path, monkeypatch):
@@ -279,8 +354,6 @@ def test_another_job_in_the_work_folder_is_refused(tiny, tmp_path):
 
 
 def test_a_second_process_in_the_work_folder_is_refused(tiny, tmp_path):
-    from exl3.jobs.workdir import WorkDir
-
     with WorkDir(tmp_path / "work").locked():
         refused("another process", *flags(tiny, tmp_path / "out", tmp_path / "work"))
 
@@ -293,6 +366,7 @@ def test_a_second_process_in_the_work_folder_is_refused(tiny, tmp_path):
         ({"-hb": "9"}, "-hb 9 is out of range"),
         ({"-cr": "0"}, "-cr 0 is out of range"),
         ({"-d": "cuda"}, "give device numbers"),
+        ({"--hessian": "input", "--save_hessians": "x"}, "--save_hessians: --hessian input makes"),
         ({"-i": "/no/such/model"}, "-i /no/such/model is no folder"),
         ({"-c": "/no/such/text"}, "-c /no/such/text is no file"),
     ],

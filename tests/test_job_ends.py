@@ -3,10 +3,10 @@
 import json
 import re
 import resource
-import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -66,8 +66,8 @@ def test_dry_run_foretells_sizes_and_memory(tmp_path):
     rounding = 0.05 * 2**20  # of a printed MiB
     out = folder_bytes(tmp_path / "out")
     assert sizes["output"] == pytest.approx(out, abs=0.005 * out + rounding)
-    # At its largest: while the states are saved anew.
-    work = folder_bytes(tmp_path / "work")
+    # At its largest: while the states are saved anew. The gradients are gone by now.
+    work = folder_bytes(tmp_path / "work") + 2 * 2 * 6 * 64 * 512 * 4
     states = (tmp_path / "work" / "states.safetensors").stat().st_size
     assert sizes["work"] == pytest.approx(work + states, abs=0.005 * (work + states) + rounding)
     # The largest of all children so far, and no other test here has one as large.
@@ -134,7 +134,8 @@ def test_an_unquantized_head(tiny, tmp_path):
 
 
 def test_hq_gives_attention_one_bit_more(tiny, tmp_path):
-    run(*flags(tiny, tmp_path / "out", tmp_path / "work", "2", **{"-hq": ""})[:-1])
+    job = flags(tiny, tmp_path / "out", tmp_path / "work", "2", **{"-hq": ""})[:-1]
+    run(*job, "--uniform")
     storage = json.loads((tmp_path / "out" / "quantization_config.json").read_text())
     bits = {k: m.get("bits_per_weight") for k, m in storage["tensor_storage"].items()}
     assert all(b == 3 for k, b in bits.items() if "self_attn" in k)
@@ -232,6 +233,15 @@ def test_another_scaling_keeps_its_other_numbers():
     }
 
 
+def test_rotary_embeddings_of_another_kind_are_not_taken_over():
+    theirs = {"rope_theta": 10000.0, "rope_type": "linear", "factor": 2.0}
+    layered = {"full_attention": {"rope_theta": 10000.0, "rope_type": "default"}}
+    for ours, like in ((layered, theirs), (theirs, layered), (None, theirs)):
+        with pytest.raises(UserError, match="are of another kind than the original's"):
+            Rope(like=like).parameters(SimpleNamespace(rope_parameters=ours))
+    assert Rope(like=layered).parameters(SimpleNamespace(rope_parameters=layered)) is None
+
+
 def test_another_folder_of_the_partial_name_stays(tiny, tmp_path):
     mine = tmp_path / "out.exl3-partial"
     mine.mkdir()
@@ -246,7 +256,6 @@ def test_rows_of_a_job_that_never_began_are_not_used(tiny, tmp_path):
     run(*job)
     work = tmp_path / "work"
     (work / "identity.json").unlink()  # as if killed right after the rows were saved
-    shutil.rmtree(work / "gradients")
     run(*flags(tiny, tmp_path / "new", work, **{"-hb": 16, "-cr": 3}))
     config = json.loads((tmp_path / "new" / "config.json").read_text())
     assert config["quantization_config"]["calibration"]["rows"] == 3

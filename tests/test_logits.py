@@ -348,7 +348,7 @@ def test_two_processes_cannot_write_one_file(tiny, spec, tmp_path):
     [
         (("-r", "-1"), "-r -1: give a number"),
         (("-rpb", "0"), "-rpb 0: give at least 1"),
-        (("-dev", "x"), "-dev x: give the number"),
+        (("-dev", "x"), "-dev x: give device numbers"),
         (("-o", "."), "-o .: this is a folder"),
         (("-d", "nowhere.json"), "nowhere.json: there is no such file"),
         (("-m", "nowhere"), "nowhere has no config.json"),

@@ -25,6 +25,7 @@ from exl3.commands.measure import main
 from exl3.data.rows import calibration_rows
 from exl3.data.tokenizer import load_tokenizer
 from exl3.errors import UserError
+from exl3.evaluate.compare import compare
 from exl3.evaluate.metrics import row_kld, row_metrics
 from exl3.format import decode_layer
 from exl3.groups import group
@@ -33,6 +34,7 @@ from exl3.jobs import measure_files, measure_plan, measure_sweep
 from exl3.jobs.measure_input import QuantLayers
 from exl3.jobs.measure_report import WIDTH, report
 from exl3.measurement import read_measurement
+from exl3.model.rope import Rope
 
 SCRIPT = Path(__file__).resolve().parents[1] / "util" / "measure.py"
 SIZES = {"hidden_size": 128, "intermediate_size": 192, "vocab_size": 300, "num_hidden_layers": 2}
@@ -195,6 +197,30 @@ def test_swapped_groups_are_what_a_direct_computation_gives(models, tmp_path):
         assert g.kld is None
         assert c.error is None
     assert len(m.groups) == 10
+
+
+def stretched(quant, out):
+    """A quant as -rs 2 would make it."""
+    shutil.copytree(quant, out)
+    config = json.loads((out / "config.json").read_text())
+    config["rope_parameters"] |= {"rope_type": "linear", "factor": 2.0}
+    (out / "config.json").write_text(json.dumps(config))
+    return out
+
+
+def test_the_original_is_run_with_the_quants_rotary_embeddings(models, tmp_path, capsys):
+    quants = [stretched(models / name, tmp_path / name) for name in ("q2", "q3")]
+    found = measure(models, tmp_path / "m.json", quants=quants)
+    assert "NOTE: the quants were made with changed rotary embeddings" in capsys.readouterr().out
+    rows = rows_of(models)
+    given = models / "original", quants, rows
+    _, *alike = compare(*given, rope=Rope(scale=2.0))
+    _, *other = compare(*given)
+    for quant, score, wrong in zip((found.base, *found.alts), alike, other, strict=True):
+        assert quant.kld == pytest.approx(score.kld, rel=1e-6)
+        assert wrong.kld != pytest.approx(score.kld, rel=1e-3)
+    with pytest.raises(UserError, match=r"q2 and .*q3 were made with different rotary embeddings"):
+        measure(models, tmp_path / "other.json", quants=(models / "q2", quants[1]))
 
 
 def test_three_quants_give_two_candidates_each(models, tmp_path):
@@ -454,7 +480,7 @@ def test_effects_add_up_in_the_report(models, measured):
         (("q2", "q3"), ("--bits", 3), "--bits is for measuring without quants"),
         (("q2", "q3"), ("-cb", "mcg"), "--codebook is for measuring without quants"),
         ((), ("--method", "swap"), "needs quants to swap"),
-        ((), ("-d", "gpu"), "-d gpu: give the number of a GPU, or cpu"),
+        ((), ("-d", "gpu"), "-d gpu: give device numbers"),
         ((), ("--bits", 9), "out of range: 1 to 8"),
         (("q2", "q3"), ("-cr", 0), "-cr 0: give at least 1"),
         (("q2", "q3"), ("-cc", 65), "-cc 65: the model's context is 64 tokens"),

@@ -20,6 +20,7 @@ from exl3.jobs import splice_check
 from exl3.jobs.candidates import Problem
 from exl3.jobs.splice_check import held_out_rows, measure, notes_of
 from exl3.measurement import Measurement, read_measurement, write_measurement
+from exl3.model.rope import Rope
 from exl3.splice import Quant, Splice
 
 
@@ -150,6 +151,28 @@ def test_splices_measured_in_place_are_as_those_written(tiny, file, tmp_path):
     assert found[1].kld != found[0].kld
 
 
+def test_the_original_is_measured_with_the_quants_rotary_embeddings(tiny, file, tmp_path, capsys):
+    quants = []
+    for quant in tiny.quants:
+        quants.append(tmp_path / quant.name)
+        shutil.copytree(quant, quants[-1])
+        config = json.loads((quants[-1] / "config.json").read_text())
+        config["rope_parameters"] |= {"rope_type": "linear", "factor": 2.0}  # as of -rs 2
+        (quants[-1] / "config.json").write_text(json.dumps(config))
+    given = ("-m", file, "-b", 3, "-r", tiny.model, "--verify", 2, "--force", "-i", *quants)
+    assert run(*given, "-o", tmp_path / "out") == 0
+    assert "the original is run with them" in capsys.readouterr().out
+    rows = held_out_rows(tiny.model, 2, None, False)
+    (_, alike) = compare(tiny.model, [tmp_path / "out"], rows, rope=Rope(scale=2.0))
+    (_, other) = compare(tiny.model, [tmp_path / "out"], rows)
+    record = json.loads((tmp_path / "out" / "splice.json").read_text())
+    assert record["kld"] == pytest.approx(alike.kld, rel=1e-6)
+    assert other.kld != pytest.approx(alike.kld, rel=1e-3)
+    given = ("-m", file, "-b", 3, "-i", tiny.quants[0], *quants[1:], "-o", tmp_path / "no")
+    with pytest.raises(UserError, match=r"rope_parameters of config\.json is"):
+        run(*given)
+
+
 def test_the_best_measured_is_written_and_recorded(tiny, file, tmp_path, capsys):
     given = ("-m", file, "-b", 3.5, "-r", tiny.model, "--verify", 3, "--force")
     assert run(*given, "-o", tmp_path / "out") == 0
@@ -194,7 +217,7 @@ def test_nothing_better_than_a_plain_quant_ends_with_code_3(
     monkeypatch,
     capsys,
 ):
-    def measured(original, splices, *more):
+    def measured(original, splices, *more, **options):
         return [splice_check.Measured(float(i), 0.1) for i in range(len(splices))]
 
     monkeypatch.setattr("exl3.jobs.optimize.measure", measured)
@@ -224,7 +247,7 @@ def test_corrected_quants_are_measured_or_refused(tiny, file, tmp_path, monkeypa
     # Better than the plain quant below it, but not than the line: refused for these alone.
     klds = {0: 1.0, 1: 0.5, 2: 0.1}
 
-    def measured(original, splices, *more):
+    def measured(original, splices, *more, **options):
         return [splice_check.Measured(klds.get(i, 0.49), 0.0) for i in range(len(splices))]
 
     monkeypatch.setattr("exl3.jobs.optimize.measure", measured)

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from exl3 import parallel
 from exl3.errors import JobError, UserError
 from exl3.jobs import boundaries as boundaries_module
-from exl3.jobs import streams
+from exl3.jobs import inputs, streams
 from exl3.jobs.boundaries import (
     GRADIENT,
     STATE,
@@ -103,7 +103,7 @@ def all_gradients(model: StreamedModel, boundaries: Boundaries) -> dict[str, tor
         model.load_block(i)
         with OutputGradients(model, i, model.block_linears(i)) as gradients:
             state, gradient = boundaries.state(i, rows), boundaries.load(GRADIENT, i)
-            found |= gradients.run(boundaries.rows, state, gradient)
+            found |= gradients.run(boundaries.rows, state, gradient).gradients
         model.free_block(i)
     return found
 
@@ -369,7 +369,7 @@ def test_experts_have_the_gradients_of_their_own_tokens(tmp_path):
         for name in group.names
     }
     with OutputGradients(model, i, linears) as gradients:
-        ds = gradients.run(rows, state, boundaries.load(GRADIENT, i))
+        ds = gradients.run(rows, state, boundaries.load(GRADIENT, i)).gradients
     hessians = block_output_hessians(model, i, linears, boundaries)
 
     theirs = stock.model.layers[i].mlp.experts
@@ -492,3 +492,26 @@ def test_a_gradient_that_is_not_finite_ends_the_job(tmp_path):
     with pytest.raises(JobError, match=r"output of model\.layers\.2 is not finite"):
         fill(tmp_path / "files", model, tiny_rows(2, COLS))
     assert not any(name.startswith(GRADIENT) for name in contents(tmp_path / "files"))
+
+
+# -- The head's ------------------------------------------------------------------------------------
+
+
+def test_the_heads_is_known_without_sampling(tmp_path, monkeypatch):
+    save_tiny("llama", tmp_path / "model", vocab_size=300)
+    model, rows = StreamedModel(tmp_path / "model"), torch.randint(3, 300, (5, 80))
+    entered = streams.Streams(rows, paired=False, quantized=torch.randn(5, 80, 64))
+    model.load_embedding()
+    model.load_tail()
+    p = model.run_tail(rows[[0, 2, 4]], entered.quantized[[0, 2, 4]]).softmax(-1).flatten(0, 1)
+    expected = (torch.diag(p.sum(0)) - p.T @ p) / len(p)
+    whole = inputs.head_output_hessian(model, entered, 3)
+    assert torch.allclose(whole, expected, atol=1e-6)
+    monkeypatch.setattr(inputs, "WHOLE_HEAD", 299)
+    blocks = inputs.head_output_hessian(model, entered, 3)
+    padded = torch.zeros(384, 384)
+    padded[:300, :300] = expected
+    assert blocks.shape == (3, 128, 128)
+    for i, block in enumerate(blocks):
+        part = slice(128 * i, 128 * i + 128)
+        assert torch.allclose(block, padded[part, part], atol=1e-6)

@@ -63,7 +63,7 @@ def test_the_fastest_way_that_fits_is_chosen(models, program, kind):
 def test_the_part_that_is_too_large_is_named(models, program):
     model = StreamedModel(models / "llama")
     cases = (
-        ("model.layers.0", {"hessian": "input"}),
+        ("model.layers.0", {"hessian": "input", "uniform": True}),
         ("the backward pass", {"hessian_rows": ROWS}),
     )
     for part, more in cases:
@@ -94,6 +94,25 @@ def test_less_is_kept_with_fewer_wishes(models):
     assert peak(no_correction=True) < 0.5 * peak()
     assert peak(hessian="input") < peak()
     assert peak(hessian_rows=1) < peak()
+
+
+def test_the_heads_output_side_hessian_counts(models, monkeypatch):
+    """One more copy of the weight, and of a large head's blocks of 128 outputs a sum, its mean, and
+    one a thread; a small one's whole matrix, as of any linear."""
+    monkeypatch.setattr(parallel, "_THREADS", 3)
+    head = StreamedModel(models / "llama").head()[1]
+    columns = 384  # 300, padded
+
+    def outputs():
+        plain, kron = (
+            thrift._linear_peak(settings(models, hessian=hessian), head, head=True)
+            for hessian in ("input", "kron")
+        )
+        return kron - plain - 4 * 128 * columns
+
+    assert outputs() == 24 * columns**2
+    monkeypatch.setattr(thrift, "WHOLE_HEAD", 299)
+    assert outputs() == 5 * 4 * 128 * columns
 
 
 def test_what_is_spilled_counts_on_the_disk(models):
@@ -180,8 +199,8 @@ def test_too_little_memory_is_told_before_any_work(models, tmp_path):
 def test_a_dry_run_tells_what_gradients_take(models, capsys):
     job = ("-i", str(models / "llama"), "-b", "2", "-cc", "64", "-cr", "1000", "--dry_run")
     told = []
-    for more in ((), ("--hessian", "input"), ("--hessian", "input", "--no_correction")):
-        run(*job, *more)
+    for more in ((), ("--uniform",), ("--no_correction",)):
+        run(*job, *(("--hessian", "input") if more else ()), *more)
         told.append(dry(capsys.readouterr().out)["work"])
     boundary, stream = 4 * 16 * 64 * 128, 4 * 1000 * 64 * 128
     assert told[0] - told[1] == pytest.approx(2 * 2 * boundary, abs=2**17)

@@ -35,7 +35,7 @@ STEPS = 10
 
 
 def job_flags(model, folder, **more):
-    return flags(model, folder / "out", folder / "work", "2", **{**ROWS, **more})
+    return [*flags(model, folder / "out", folder / "work", "2", **{**ROWS, **more}), "--uniform"]
 
 
 @pytest.fixture(scope="module")
@@ -357,18 +357,33 @@ def test_other_models_are_tuned(tmp_path, kind, way):
 def test_the_way_follows_memory_when_the_job_begins_and_then_stays(job, tmp_path, monkeypatch):
     work, given = WorkDir(tmp_path), (job.source, job.plan, Thrift())
     job.settings.tune = STEPS
-    monkeypatch.setattr(tune_plan, "resident_bytes", lambda: 0)
+    monkeypatch.setattr(tune_plan, "computing_room", lambda *_: (0, 2**60))
     need = whole_tuning_bytes(job.settings, job.source.model, job.plan, Thrift())
     for limit, way in ((need - 1, BLOCKS), (need, WHOLE)):
-        monkeypatch.setattr(tune_plan, "memory_limit", lambda _, limit=limit: limit)
+        monkeypatch.setattr(tune_plan, "computing_room", lambda *_, limit=limit: (0, limit))
         for path in (tmp_path / "tuned").glob("*"):
             path.unlink()
         assert tuning_way(job.settings, work, *given) == way
-    monkeypatch.setattr(tune_plan, "memory_limit", lambda _: 0)
+    monkeypatch.setattr(tune_plan, "computing_room", lambda *_: (0, 0))
     assert tuning_way(job.settings, work, *given) == WHOLE
     (tmp_path / "tuned" / "way.json").write_text("{}")
     with pytest.raises(UserError, match="damaged"):
         tuning_way(job.settings, work, *given)
+
+
+def test_the_way_is_told_and_a_resumed_job_keeps_it(tiny, tmp_path, monkeypatch, capsys):
+    def dying(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tune_plan, "whole_tuning_bytes", lambda *_: None)  # as with little memory
+        patch.setattr("exl3.jobs.convert.convert_head", dying)
+        with pytest.raises(KeyboardInterrupt):
+            run(*job_flags(tiny, tmp_path, **{"--tune": 1}))
+    assert "--tune 1, block by block\n" in capsys.readouterr().out
+    run("-w", str(tmp_path / "work"), "-r")
+    assert "--tune 1, block by block\n" in capsys.readouterr().out
+    assert record(tmp_path)["way"] == BLOCKS
 
 
 def test_max_memory_is_heeded(job):

@@ -158,7 +158,7 @@ def reshaped_trellis(key, columns):
         (put(f"{Q}.trellis", lambda t: t[f"{Q}.trellis"].int()), "a trellis must be int16"),
         (put(f"{Q}.mul1", lambda t: t[f"{Q}.mul1"] + 1), "mul1 multiplier is not the one known"),
         (put(f"{Q}.mcg", lambda t: torch.tensor(-877912083).int()), "markers of two codebooks"),
-        (reshaped_trellis(f"{UP}.trellis", (80,)), f"bits_per_weight of {UP} is 2, but by its"),
+        (reshaped_trellis(f"{UP}.trellis", (80,)), f"bits_per_weight of {UP} is 3, but by its"),
         (reshaped_trellis(f"{UP}.trellis", (40,)), "a trellis must be int16 of shape"),
         (reshaped_trellis(f"{UP}.trellis", (4, 48)), "dimensions must be multiples of 128"),
         (reshaped_trellis(f"{UP}.trellis", (0, 48)), "dimensions must be multiples of 128"),

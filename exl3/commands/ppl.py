@@ -15,6 +15,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> None:
     )  # fmt: skip
     p.add_argument("-r", "--rows", type=int, default=10, metavar="N", help="rows (10)")
     p.add_argument("-l", "--length", type=int, default=512, metavar="N", help="tokens a row (512)")
+    p.add_argument("-dev", "--device", default="0", metavar="N", help="a GPU, or cpu (0)")
     p.add_argument("--trust_remote_code", action="store_true", help="run code of the model")
     args = p.parse_args(argv)
     if args.rows < 1 or args.length < 2:
@@ -22,4 +23,6 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> None:
 
     from exl3.jobs.perplexity import print_perplexity
 
-    print_perplexity(args.model_dir, args.text, args.rows, args.length, args.trust_remote_code)
+    print_perplexity(
+        args.model_dir, args.text, args.rows, args.length, args.trust_remote_code, args.device
+    )

@@ -16,6 +16,7 @@ from exl3 import parallel
 from exl3.errors import UserError
 from exl3.format.codebook import CODEBOOKS
 from exl3.format.directory import WEIGHT_FILES
+from exl3.format.layer import UNQUANTIZED
 from exl3.format.manifest import (
     MANIFEST,
     compare_manifest,
@@ -37,7 +38,6 @@ from exl3.progress import Progress
 
 DETAIL = "quantization_config.json"
 SHOWN = 10  # lines of a list of problems
-UNQUANTIZED = 16  # bits of a head that is stored as it was
 TOLERANCE = 0.02  # of the bits that a config tells
 EXPERT = re.compile(r"(.+\.experts)\.\d+\.(.+)")  # a layer of one expert among several
 MIXED = "mixed"  # the codebook of a config whose layers have several
@@ -82,7 +82,7 @@ def shortened(lines: list[str], mark: str = "") -> str:
 
 
 def _is_bits(value: Any) -> bool:
-    return type(value) in (int, float) and 0 < value <= 16
+    return type(value) in (int, float) and 0 < value <= UNQUANTIZED
 
 
 def _is_count(value: Any) -> bool:

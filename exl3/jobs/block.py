@@ -55,8 +55,12 @@ class Block:
 
     def plain_linears(self) -> dict[str, nn.Linear]:
         """The linears that are no experts'."""
-        own = {id(m) for experts in self.experts.values() for m in experts.modules()}
-        return {key: linear for key, linear in self.linears.items() if id(linear) not in own}
+        experts = self.model.expert_linears(self.i)
+        return {key: linear for key, linear in self.linears.items() if key not in experts}
+
+    def keys(self) -> dict[nn.Module, str]:
+        """The key of every linear."""
+        return {linear: key for key, linear in self.linears.items()}
 
     def output_hessian(self, key: str) -> torch.Tensor | None:
         """Second moments of the loss's gradient at a linear's output (out, out), if there are any.
@@ -66,21 +70,23 @@ class Block:
         seen = self.output_hessians.pop(key, None)
         if seen is None:
             return None
-        return shrink(seen.mean(), seen.tokens, torch.eye(seen.features))
+        mean = seen.mean()
+        return shrink(mean, seen.tokens, torch.eye(seen.features, device=mean.device))
 
     def settle(self, key: str, work: WorkDir) -> None:
         """Takes over a finished layer: the quantized block computes with it."""
-        weight = decode_layer(work.load_layer(key))
+        stored = work.load_layer(key)
+        weight = decode_layer({leaf: t.to(self.model.device) for leaf, t in stored.items()})
         linear = self.linears[key]
         weight = weight[: linear.in_features, : linear.out_features].T.contiguous()
         self.quantized[key] = linear.weight.data = weight
 
     def replay_settled(self) -> None:
         """Spares further runs the parts of the block whose linears are all quantized."""
-        keys = {id(linear): key for key, linear in self.linears.items()}
+        keys = self.keys()
         for child in self.module.children():
-            own = [keys[id(m)] for m in child.modules() if id(m) in keys]
-            if own and self.quantized.keys() >= set(own):
+            own = {keys[m] for m in child.modules() if m in keys}
+            if own and self.quantized.keys() >= own:
                 self.replay.settle(child)
 
     def forget(self, key: str) -> None:

@@ -7,6 +7,7 @@ a block are calibrated on what enters its original layers.
 """
 
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 
@@ -30,8 +31,8 @@ from exl3.jobs.output_hessians import (
     load_output_hessians,
     save_output_hessians,
 )
-from exl3.jobs.quantize import quantize
-from exl3.jobs.streams import SAMPLE_ROWS, Streams, enter, run_block
+from exl3.jobs.quantize import Wanted, quantize
+from exl3.jobs.streams import SAMPLE_ROWS, Streams, enter, run_block, spread
 from exl3.model.flow import Stage, find_flow
 from exl3.quant.correction import Moments
 from exl3.quant.hessian import Hessian
@@ -51,14 +52,15 @@ def convert_block(job: Job, i: int, streams: Streams) -> None:
             reference = _quantize_at_once(job, block, streams, set(finished))
         for key, linear in block.linears.items():
             if key not in block.quantized:
-                quantize(job, key, linear, block.loaded[key], None)  # if nothing ever enters it
+                # If nothing ever enters it.
+                quantize(job, [Wanted(key, linear, block.loaded[key])], None)
                 block.settle(key, job.work)
             block.forget(key)
         job.progress.doing(f"{block.name}, advancing")
         block.advance_quantized(streams)
     finally:
         block.free()
-    picked = sample(streams.rows)
+    picked = spread(streams.rows, SAMPLE_ROWS)
     error = relative_error(reference, streams.quantized[picked])
     job.progress.say(f"{block.name}: relative error {error:.4f}")
     job.progress.advance(job.forward_cost(i))
@@ -131,7 +133,7 @@ def _quantize_in_order(
     for stage, entering in inputs:
         entering.lacking = find_lacking(block, stage, entering, streams)
         _quantize_experts(job, block, stage, entering)
-    return streams.original[sample(streams.rows)]
+    return streams.original[spread(streams.rows, SAMPLE_ROWS)]
 
 
 def _quantize_stage(job: Job, block: Block, stage: Stage, streams: Streams) -> None:
@@ -143,10 +145,11 @@ def _quantize_stage(job: Job, block: Block, stage: Stage, streams: Streams) -> N
 
 def _quantize_alike(job: Job, block: Block, keys: Iterable[str], seen: Moments | Hessian) -> None:
     """Quantizes linears with the same input."""
-    calibration = Calibration.of(seen)
-    for key in keys:
-        output_hessian = block.output_hessian(key)
-        quantize(job, key, block.linears[key], block.loaded[key], calibration, output_hessian)
+    wanted = [
+        Wanted(key, block.linears[key], block.loaded[key], partial(block.output_hessian, key))
+        for key in keys
+    ]
+    quantize(job, wanted, Calibration.of(seen))
 
 
 # At once
@@ -154,7 +157,7 @@ def _quantize_alike(job: Job, block: Block, keys: Iterable[str], seen: Moments |
 
 def _quantize_at_once(job: Job, block: Block, streams: Streams, finished: set[str]) -> torch.Tensor:
     """Quantizes the block; returns a sample of what leaves it unquantized."""
-    picked = sample(streams.rows)
+    picked = spread(streams.rows, SAMPLE_ROWS)
     states = enter(streams.quantized, picked)
     reference = run_block(block.model, block.i, streams.rows[picked], states)
     missing = [key for key in block.plain_linears() if key not in finished]
@@ -174,9 +177,9 @@ def _quantize_at_once(job: Job, block: Block, streams: Streams, finished: set[st
 
 def _quantize_experts(job: Job, block: Block, stage: Stage, inputs: ExpertInputs) -> None:
     tell_counts(job, f"{block.name}.{stage.keys[0]}", inputs.counts())
-    keys = {id(linear): key for key, linear in block.linears.items()}
+    keys = block.keys()
     for e in range(inputs.experts.num_experts):
-        parts = {role: keys[id(linear)] for role, linear in inputs.experts.linears(e).items()}
+        parts = {role: keys[linear] for role, linear in inputs.experts.linears(e).items()}
         before = inputs.output(e)
         if not all(job.work.has_layer(key) for key in parts.values()):
             _quantize_expert(job, block, inputs, e, parts)
@@ -203,11 +206,7 @@ def _quantize_expert(
     _quantize_alike(job, block, [parts["down"]], seen)
 
 
-def sample(rows: torch.Tensor) -> torch.Tensor:
-    """Indices of the rows on which a block's error is measured, evenly spread."""
-    return torch.linspace(0, len(rows) - 1, min(SAMPLE_ROWS, len(rows))).long()
-
-
 def relative_error(reference: torch.Tensor, other: torch.Tensor) -> float:
     """|other - reference| / |reference|, Frobenius norms."""
+    other = other.to(reference.device)
     return float((other - reference).double().norm() / reference.double().norm())

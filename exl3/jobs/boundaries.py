@@ -12,22 +12,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from exl3 import parallel
 from exl3.data.rows import rows_hash
 from exl3.errors import JobError, UserError
-from exl3.jobs.streams import batches, run_block
-from exl3.model.gradients import block_gradient, tail_gradient, token_uniforms
+from exl3.jobs.sensitivities import Sensitivities
+from exl3.jobs.streams import TAIL_TOKENS, batches, run_block
+from exl3.model.gradients import OutputGradients, tail_gradient, token_uniforms
 from exl3.model.streamed import StreamedModel
 from exl3.progress import Progress
 from exl3.quant.linear import refuse_non_finite
-from exl3.tensor_files import LazyTensor, write_safetensors
-
-TAIL_TOKENS = 64  # of one piece of a row in norm and head; part of the result's definition
+from exl3.sensitivity import channel_scales, rounding_kld
+from exl3.tensor_files import LazyTensor, opened, write_safetensors
 
 BACK = 2.2  # times a forward: that again, and the gradient of what enters, not of weights
+
+WAY_OUT = "delete it and try again"  # of damaged files
 
 STATE, GRADIENT = "state", "gradient"  # that enters a block; at a block's output
 
@@ -76,7 +77,7 @@ class Boundaries:
     @contextlib.contextmanager
     def _open(self, kind: str, i: int) -> Iterator[Any]:
         path = self.path(kind, i)
-        with reading(path) as file:
+        with opened(path, WAY_OUT) as file:
             expect(path, file.metadata(), self.identity)
             if tuple(file.get_slice(kind).get_shape()) != self.shape:
                 raise UserError(f"{path} has another shape than its rows; delete it and try again")
@@ -94,16 +95,6 @@ def model_identity(model: StreamedModel) -> dict[str, str]:
 def identity(model: StreamedModel, rows: torch.Tensor, seed: int) -> dict[str, str]:
     """What gradients depend on."""
     return {**model_identity(model), "rows": rows_hash(rows), "seed": str(seed)}
-
-
-@contextlib.contextmanager
-def reading(path: Path) -> Iterator[Any]:
-    """An open safetensors file."""
-    try:
-        with safe_open(path, "pt") as file:
-            yield file
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read ({error}); delete it and try again") from None
 
 
 def expect(path: Path, metadata: dict[str, str] | None, identity: dict[str, str]) -> None:
@@ -128,9 +119,13 @@ def boundary_memory(model: StreamedModel, rows: int, cols: int) -> int:
 
 
 def boundary_gradients(
-    model: StreamedModel, boundaries: Boundaries, progress: Progress | None = None
+    model: StreamedModel,
+    boundaries: Boundaries,
+    progress: Progress | None = None,
+    sensitivities: Sensitivities | None = None,
 ) -> None:
-    """Fills the folder with what is missing there; the embedding is loaded.
+    """Fills the folder with what is missing there, and sensitivities if they are wanted; the
+    embedding is loaded.
 
     The loss is the cross-entropy, summed over tokens, of targets that the model samples itself.
     progress: is advanced by `boundary_work` in all. JobError for a gradient that is not finite.
@@ -138,12 +133,12 @@ def boundary_gradients(
     progress = progress or Progress(0, "", quiet=True)
     _forward(model, boundaries, progress)
     _turn(model, boundaries, progress)
-    _backward(model, boundaries, progress)
+    _backward(model, boundaries, sensitivities, progress)
 
 
 def boundary_work(model: StreamedModel, rows: int) -> int:
     """Work in `boundary_gradients` as its progress counts it: rows through blocks, and the tail."""
-    return rows * (model.num_blocks + 1 + BACK * (model.num_blocks - 1))
+    return rows * (model.num_blocks + 1 + BACK * model.num_blocks)
 
 
 def _forward(model: StreamedModel, boundaries: Boundaries, progress: Progress) -> None:
@@ -197,26 +192,57 @@ def _turn(model: StreamedModel, boundaries: Boundaries, progress: Progress) -> N
     progress.advance(len(rows))
 
 
-def _backward(model: StreamedModel, boundaries: Boundaries, progress: Progress) -> None:
-    """The gradients at the outputs of all blocks but the last, from the back to the front."""
+def _backward(
+    model: StreamedModel,
+    boundaries: Boundaries,
+    sensitivities: Sensitivities | None,
+    progress: Progress,
+) -> None:
+    """The gradients at the outputs of all blocks but the last, from the back to the front; and
+    what they say of the linears on the way."""
     rows, gradients = boundaries.rows, None
-    for i in reversed(range(1, model.num_blocks)):
-        if boundaries.has(GRADIENT, i - 1):
+    for i in reversed(range(model.num_blocks)):
+        told = sensitivities is None or sensitivities.has(i)
+        if told and (i == 0 or boundaries.has(GRADIENT, i - 1)):
             gradients = None
             progress.skip(BACK * len(rows))
             continue
         progress.doing(f"{model.block_name(i)}, backwards")
         if gradients is None:
             gradients = boundaries.load(GRADIENT, i)
-
-        def batch(part: slice, i: int = i, gradients: torch.Tensor = gradients) -> None:
-            state = boundaries.state(i, part)
-            gradients[part] = block_gradient(model, i, rows[part], state, gradients[part])
-
         with _loaded_block(model, i):
-            parallel.each(batch, batches(rows))
-        _save_gradients(model, boundaries, i - 1, gradients)
+            klds = _through_block(model, boundaries, i, gradients, told)
+        if not told:
+            sensitivities.save(i, klds)
+        if i > 0:
+            _save_gradients(model, boundaries, i - 1, gradients)
         progress.advance(BACK * len(rows))
+
+
+def _through_block(
+    model: StreamedModel, boundaries: Boundaries, i: int, gradients: torch.Tensor, told: bool
+) -> dict[str, float]:
+    """Puts the gradients at what enters block i in the place of those at its output. Returns the
+    sensitivities of its linears, unless they were told before."""
+    linears = {} if told else model.block_linears(i)
+    scales = {key: channel_scales(linear.weight) for key, linear in linears.items()}
+
+    def batch(part: slice) -> dict[str, float]:
+        passed = watched.run(boundaries.rows[part], boundaries.state(i, part), gradients[part])
+        found = {
+            key: rounding_kld(passed.inputs[key], d, scales[key])
+            for key, d in passed.gradients.items()
+        }
+        # Only now: a gradient at an output may be the very tensor that was given.
+        gradients[part] = passed.entering
+        return found
+
+    klds = dict.fromkeys(linears, 0.0)
+    with OutputGradients(model, i, linears) as watched:
+        for found in parallel.each(batch, batches(boundaries.rows)):
+            for key, kld in found.items():
+                klds[key] += kld / boundaries.rows.numel()
+    return klds
 
 
 def _refuse_damaged(linears: dict[str, nn.Linear]) -> None:

@@ -5,13 +5,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import floor
 
-from exl3.allocate import Options, Solution, ends_first, solution, solve
+from exl3.allocate import TOLERANCE, Options, Solution, ends_first, solution, solve
 from exl3.errors import UserError
 from exl3.measurement import Measurement
 from exl3.predict import Offer, Prediction, predict
 from exl3.splice import Quant, Splice
 
-TOLERANCE = 0.02  # bits: what a solution may leave of the budget, where the groups allow more
 RUNNER_UP = 10  # the runner-up differs from the solution in one group of so many
 
 

@@ -42,6 +42,7 @@ def check_quant(settings: Settings, source: Source) -> None:
         title="Checking",
         trust_remote_code=settings.trust_remote_code,
         rope=Rope(settings.rope_alpha, settings.rope_scale),
+        device=source.model.device,
     )
     print(f"On {len(rows)} held-out rows of {rows.shape[1]} tokens:")
     print(f"  perplexity {original.perplexity:.4f} original, {quant.perplexity:.4f} quant")

@@ -70,7 +70,8 @@ def compare_models(request: Request) -> list[Result]:
     """Measures every model of the specs, the reference first. UserError for bad input."""
     dataspec = load_dataspec(request.dataspec)
     specs = load_modelspecs(request.modelspecs, request.mask)
-    _, note = pick_device(request.device, "-dev")
+    device, note = pick_device(request.device, "-dev")
+    request = replace(request, device=str(device))
     for line in (*dataspec.notes, *filter(None, [note])):
         print(line)
     if request.need_reference and not (request.logits_file or specs[0].out_logits):

@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,14 +12,16 @@ from exl3 import ops, parallel
 from exl3.errors import UserError
 from exl3.format.directory import small_files
 from exl3.jobs.boundaries import boundary_bytes
-from exl3.jobs.plan import Plan
+from exl3.jobs.plan import Plan, traces_back
 from exl3.jobs.settings import Settings, partial_folder
 from exl3.jobs.stored import stored_modules
 from exl3.jobs.thrift import (
     Thrift,
     choose_thrift,
+    computing_bytes,
     peak_bytes,
     resident_bytes,
+    sharing_bytes,
     spilled_bytes,
     states_bytes,
 )
@@ -40,6 +43,8 @@ class Estimate:
     work: int  # of the work folder at its largest
     memory: int  # at its peak, everything included
     seconds: float
+    card: int = 0  # of the GPU that runs the model
+    sharing: int = 0  # of each other GPU
 
     def text(self) -> str:
         return "\n".join(
@@ -48,25 +53,43 @@ class Estimate:
                 f"output   {_size(self.output)}",
                 f"work     {_size(self.work)} (may be deleted afterwards)",
                 f"memory   {_size(self.memory)} at the peak",
+                *self._cards(),
                 f"time     about {_duration(self.seconds)} on this machine, "
-                f"{parallel.threads()} threads",
+                f"{'one GPU' if self.card else f'{parallel.threads()} threads'}",
             )
         )
 
+    def _cards(self) -> list[str]:
+        if not self.card:
+            return []
+        others = f", {_size(self.sharing)} on each other" if self.sharing else ""
+        return [f"GPU      {_size(self.card)} at the peak on the first{others}"]
 
-def estimate(settings: Settings, model: StreamedModel, plan: Plan) -> Estimate:
-    """Estimates a conversion from shapes, and from a short try of this machine's speed."""
-    thrift = choose_thrift(settings, model, plan, settings.cal_rows)
+
+def estimate(
+    settings: Settings, model: StreamedModel, plan: Plan, others: Sequence[torch.device] = ()
+) -> Estimate:
+    """Estimates a conversion from shapes, and from a short try of this machine's speed.
+
+    others: GPUs that share the linears with the one that runs the model.
+    """
+    thrift = choose_thrift(settings, model, plan, settings.cal_rows, others)
+    given = settings, model, plan, settings.cal_rows, thrift
+    memory = resident_bytes() + peak_bytes(*given)
+    card, tuning = 0, whole_tuning_bytes(settings, model, plan, thrift) or 0
+    if model.device.type == "cpu":
+        memory = max(memory, tuning)
+    else:
+        card = max(computing_bytes(*given), tuning)
     return Estimate(
         plan.average,
         plan.weights,
         output_bytes(settings, model, plan),
-        work_bytes(settings, model, plan, settings.cal_rows, thrift),
-        max(
-            resident_bytes() + peak_bytes(settings, model, plan, settings.cal_rows, thrift),
-            whole_tuning_bytes(settings, model, plan, thrift) or 0,
-        ),
+        work_bytes(*given),
+        memory,
         _seconds(settings, model, plan),
+        card,
+        sharing_bytes(settings, model) if others else 0,
     )
 
 
@@ -87,7 +110,7 @@ def work_bytes(
     layers = sum(module.nbytes + ENTRY for module in stored if module.bits is not None)
     streams = 1 if settings.no_correction else 2
     states = 2 * streams * states_bytes(settings, model, rows)  # old and new
-    if settings.hessian == "kron":
+    if traces_back(settings):
         states += boundary_bytes(model, min(rows, settings.hessian_rows), settings.cal_cols)
     states += spilled_bytes(settings, model, rows, thrift)
     return layers + rows * settings.cal_cols * 8 + states + tuned_bytes(settings, model)
@@ -117,21 +140,24 @@ def refuse_full_disks(
 
 
 def _seconds(settings: Settings, model: StreamedModel, plan: Plan) -> float:
-    """From the speed of a few tiles and of one product on one thread."""
-    torch.manual_seed(0)
-    tiles = torch.randn(64 * parallel.threads(), 256)
-    ops.encode_tiles(tiles, 2, "mul1")  # the first call makes tables
-    began = time.monotonic()
-    ops.encode_tiles(tiles, 2, "mul1")
-    a_weight = (time.monotonic() - began) / tiles.numel()
-    matrix = torch.randn(1024, 1024)
-    matrix @ matrix
-    began = time.monotonic()
-    matrix @ matrix
-    a_product = (time.monotonic() - began) / 1024**3 / parallel.threads()
+    """From the speed of a few tiles and of one product, on one thread or the GPU."""
+    count, size = (64 * parallel.threads(), 1024) if model.device.type == "cpu" else (8192, 4096)
+    generator = torch.Generator().manual_seed(0)
+    tiles = torch.randn(count, 256, generator=generator).to(model.device)
+    a_weight = _timed(lambda: ops.encode_tiles(tiles, 2, "mul1")[0]) / tiles.numel()
+    matrix = torch.randn(size, size, generator=generator).to(model.device)
+    a_product = _timed(lambda: matrix @ matrix) / size**3 / parallel.threads()
     key, head = model.head()
     searched = plan.weights + (head.weight.numel() if key in plan.bits else 0)
     return searched * a_weight * 1.2 + plan.weights * _passes(settings) * a_product
+
+
+def _timed(work: Callable[[], torch.Tensor]) -> float:
+    """Seconds of its second run: the first makes tables. A number of the result is waited for."""
+    for _ in range(2):
+        began = time.monotonic()
+        work().flatten()[0].item()
+    return time.monotonic() - began
 
 
 def _passes(settings: Settings) -> float:

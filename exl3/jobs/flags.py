@@ -46,6 +46,8 @@ HELP = {
     "save_hessians": "folder for what that pass finds, which jobs with other bits take from there",
     "tune": "steps of tuning scales and norm weights after all else, kept as far as held-out "
     "calibration rows gain by it; try 40",
+    "uniform": "a whole -b is the same for all tensors of the decoder, not an average shared out "
+    "by the model's own gradients",
     "hq": "one bit more for attention and shared experts, on top of -b",
     "measurement": "what util/measure.py found of this model: shares out the bits of -b",
     "recipe": "bits of every layer, as util/optimize.py --recipe writes them; -b may be left out",
@@ -90,7 +92,13 @@ VALUES = {
     "tune": ((), int, "STEPS"),
 }
 CHOICES = {"codebook": CODEBOOKS, "hessian": HESSIANS}
-SWITCHES = {"hq": ("-hq",), "no_correction": (), "verbose": ("-v",), "trust_remote_code": ()}
+SWITCHES = {
+    "hq": ("-hq",),
+    "uniform": (),
+    "no_correction": (),
+    "verbose": ("-v",),
+    "trust_remote_code": (),
+}
 
 
 def convert_parser() -> argparse.ArgumentParser:

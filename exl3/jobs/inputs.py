@@ -1,6 +1,8 @@
 """What enters the linears of a block, summed up over the calibration rows."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -8,16 +10,16 @@ import torch.nn.functional as F
 from exl3 import parallel
 from exl3.format.hadamard import HADAMARD
 from exl3.jobs.block import Block
-from exl3.jobs.streams import Streams
-from exl3.model.capture import Capture, Taps, head_inputs
+from exl3.jobs.output_hessians import WHOLE_HEAD
+from exl3.jobs.streams import TAIL_TOKENS, Streams, spread, waves
+from exl3.model.capture import Capture, Captured, Taps, head_inputs
 from exl3.model.flow import Stage
 from exl3.model.streamed import StreamedModel
-from exl3.quant.correction import Correction, Moments
+from exl3.quant.correction import Correction, Moments, trust
 from exl3.quant.hessian import Hessian
 
 # Of a correction: with 2.5%, as for codes, it follows the calibration rows too closely.
 DAMPING = 0.1
-TAIL_TOKENS = 64  # of one piece of a row in norm and head; part of the result's definition
 
 
 @dataclass
@@ -36,10 +38,17 @@ class Calibration:
         return cls(hessian, seen, Correction(hessian, DAMPING))
 
     def target(self, weight: torch.Tensor) -> torch.Tensor | None:
-        """What a linear with the original weight (in, out) is asked to be; None: just that."""
+        """What a linear with the original weight (in, out) is asked to be; None: just that.
+
+        What few tokens say is believed in part: with too few, a correction at 8 bits harms.
+        """
         if self.moments is None:
             return None
-        return self.correction.target(weight, self.moments.shift(), self.moments.residual())
+        device, residual = weight.device, self.moments.residual()
+        residual = None if residual is None else residual.to(device)
+        shift = self.moments.shift().to(device)
+        strength = trust(self.moments.hessian.weight, len(self.hessian))
+        return self.correction.to(device).target(weight, shift, residual, strength)
 
     @property
     def notes(self) -> list[str]:
@@ -54,15 +63,23 @@ def block_hessians(
 
     All in one go: what the quantized model's states make of the block's present weights.
     """
-    hessians: dict[tuple[str, ...], Hessian] = {}
     linears = {key: block.linears[key] for key in keys}
-
     with Capture(block.model, block.i, linears) as capture:
-        for wave in streams.waves():
-            for _, groups in block.run_quantized(streams, wave, capture.run):
-                for group in groups:
-                    size = group.inputs.shape[-1]
-                    hessians.setdefault(group.names, Hessian(size)).add(group.inputs)
+        return sum_hessians(
+            captured
+            for wave in streams.waves()
+            for _, captured in block.run_quantized(streams, wave, capture.run)
+        )
+
+
+def sum_hessians(runs: Iterable[list[Captured]]) -> list[tuple[tuple[str, ...], Hessian]]:
+    """Hessians of what was captured in several runs, one for linears that share their input."""
+    hessians: dict[tuple[str, ...], Hessian] = {}
+    for captured in runs:
+        for group in captured:
+            if group.names not in hessians:
+                hessians[group.names] = Hessian(group.inputs.shape[-1], group.inputs.device)
+            hessians[group.names].add(group.inputs)
     return list(hessians.items())
 
 
@@ -73,7 +90,8 @@ def stage_moments(block: Block, stage: Stage, streams: Streams) -> Moments:
     places = [linear]
     if stage.residual is not None:
         places.insert(0, block.module.get_submodule(stage.residual.place))
-    moments = Moments(linear.in_features, linear.out_features if len(places) > 1 else None)
+    outputs = linear.out_features if len(places) > 1 else None
+    moments = Moments(linear.in_features, outputs, block.model.device)
     with Taps(block.model, block.i, places) as taps:
         for wave in streams.waves():
             originals = block.run_original(streams, wave, taps.run)
@@ -86,21 +104,26 @@ def stage_moments(block: Block, stage: Stage, streams: Streams) -> Moments:
     return moments
 
 
-def head_hessian(model: StreamedModel, streams: Streams) -> Hessian:
-    """Hessian of what enters the head, from the last block's output."""
-    hessian = Hessian(streams.quantized.shape[-1])
-    for wave in streams.waves():
-        for x in _head_inputs(model, streams, streams.quantized, wave):
+def head_hessian(
+    model: StreamedModel, rows: torch.Tensor, states: torch.Tensor, parts: list[slice]
+) -> Hessian:
+    """Hessian of what enters the head, from the last block's output: states (rows, cols, hidden).
+
+    parts: slices of the rows, for one forward each.
+    """
+    hessian = Hessian(states.shape[-1], model.device)
+    for wave in waves(parts):
+        for x in _head_inputs(model, rows, states, wave):
             hessian.add(x)
     return hessian
 
 
 def head_moments(model: StreamedModel, streams: Streams) -> Moments:
     """What enters the head in the quantized model, and in the original."""
-    moments = Moments(streams.quantized.shape[-1])
+    moments = Moments(streams.quantized.shape[-1], device=model.device)
     for wave in streams.waves():
-        quantized = _head_inputs(model, streams, streams.quantized, wave)
-        originals = _head_inputs(model, streams, streams.original, wave)
+        quantized = _head_inputs(model, streams.rows, streams.quantized, wave)
+        originals = _head_inputs(model, streams.rows, streams.original, wave)
         for q, of in zip(quantized, originals, strict=True):
             moments.add(q, of)
     return moments
@@ -110,35 +133,58 @@ def head_output_hessian(model: StreamedModel, streams: Streams, rows: int) -> to
     """The loss's second moments by the head's outputs, from some evenly spread rows.
 
     Their expectation is known, without sampling: diag(p) - p p^T with the original's predictions p
-    (where it is not followed, with those behind the quantized blocks). Of it the blocks of 128
-    outputs, which the Hadamard transform mixes: (blocks, 128, 128). All would be vocab^2.
+    (where it is not followed, with those behind the quantized blocks). All of it, (out, out), for
+    heads of WHOLE_HEAD outputs at most; of larger ones the blocks of 128 outputs, which the
+    Hadamard transform mixes: (blocks, 128, 128).
     """
-    count = len(streams.rows)
-    picked = torch.linspace(0, count - 1, min(rows, count)).long().tolist()
+    picked = spread(streams.rows, rows).tolist()
     states = streams.original if streams.paired else streams.quantized
     cols = streams.rows.shape[1]
     pieces = [
         (row, slice(a, a + TAIL_TOKENS)) for row in picked for a in range(0, cols, TAIL_TOKENS)
     ]
 
-    def moments(piece: tuple[int, slice]) -> torch.Tensor:
+    def predictions(piece: tuple[int, slice]) -> torch.Tensor:
         row, part = piece
         logits = model.run_tail(streams.rows[row, part][None], states[row, part][None])
-        p = logits[0].float().softmax(-1)
-        blocks = F.pad(p, (0, -p.shape[1] % HADAMARD)).unflatten(1, (-1, HADAMARD)).transpose(0, 1)
-        return torch.diag_embed(blocks.sum(1)) - blocks.mT @ blocks
+        return logits[0].float().softmax(-1)
 
-    total, size = None, parallel.threads()
-    for a in range(0, len(pieces), size):
-        for found in parallel.each(moments, pieces[a : a + size]):
+    found = (parallel.each(predictions, wave) for wave in waves(pieces))
+    whole = model.head()[1].out_features <= WHOLE_HEAD
+    return (_whole_moments if whole else _block_moments)(found) / (len(picked) * cols)
+
+
+def _whole_moments(predictions: Iterable[list[torch.Tensor]]) -> torch.Tensor:
+    """Sum over tokens of diag(p) - p p^T, of lists of p (tokens, out)."""
+    products, total = None, None
+    for p in chain.from_iterable(predictions):
+        if products is None:
+            products, total = Hessian(p.shape[1], p.device), torch.zeros_like(p[0])
+        products.add(p)
+        total += p.sum(0)
+    moments = products.mean().mul_(-products.tokens)
+    moments.diagonal().add_(total)
+    return moments
+
+
+def _block_moments(predictions: Iterable[list[torch.Tensor]]) -> torch.Tensor:
+    """Of that sum the blocks of 128."""
+
+    def blocks(p: torch.Tensor) -> torch.Tensor:
+        own = F.pad(p, (0, -p.shape[1] % HADAMARD)).unflatten(1, (-1, HADAMARD)).transpose(0, 1)
+        return torch.diag_embed(own.sum(1)) - own.mT @ own
+
+    total = None
+    for wave in predictions:
+        for found in parallel.each(blocks, wave):
             total = found if total is None else total.add_(found)
-    return total / (len(picked) * cols)
+    return total
 
 
 def _head_inputs(
-    model: StreamedModel, streams: Streams, states: torch.Tensor, wave: list[slice]
+    model: StreamedModel, rows: torch.Tensor, states: torch.Tensor, wave: list[slice]
 ) -> list[torch.Tensor]:
-    return parallel.each(lambda part: head_inputs(model, streams.rows[part], states[part]), wave)
+    return parallel.each(lambda part: head_inputs(model, rows[part], states[part]), wave)
 
 
 def tokens(x: torch.Tensor) -> torch.Tensor:

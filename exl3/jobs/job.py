@@ -1,9 +1,12 @@
 """What every step of a conversion needs to know, and how much work there is."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
+from exl3.devices import CPU
 from exl3.format.layer import padded
 from exl3.jobs.boundaries import Boundaries
 from exl3.jobs.plan import Plan
@@ -31,6 +34,7 @@ class Job:
     thrift: Thrift
     boundaries: Boundaries | None = None  # of the original's gradients, if they are wanted
     saved: float = 0.0  # when the states were saved last
+    devices: Sequence[torch.device] = (CPU,)  # the first runs the model, all share its linears
 
     @property
     def corrects(self) -> bool:
@@ -40,7 +44,7 @@ class Job:
     def forward_cost(self, i: int) -> float:
         """Of block i's forwards."""
         weights = sum(m.weights for m in self.plan.modules if m.block == i)
-        return TOKEN * self.source.rows.numel() * weights
+        return forwards_cost(self.settings, self.source, weights)
 
     def block_cost(self, i: int) -> float:
         """Of all work on block i."""
@@ -53,8 +57,14 @@ def encode_cost(linear: nn.Linear) -> float:
     return ENCODE * padded(linear.in_features) * padded(linear.out_features)
 
 
-def total_cost(source: Source, plan: Plan) -> float:
+def forwards_cost(settings: Settings, source: Source, weights: int) -> float:
+    """Of the calibration rows on their way through so many weights, in all streams."""
+    streams = 1 if settings.no_correction else 2
+    return streams * TOKEN * source.rows.numel() * weights
+
+
+def total_cost(settings: Settings, source: Source, plan: Plan) -> float:
     """Of the whole conversion."""
     key, head = source.model.head()
     last = encode_cost(head) if key in plan.bits else 0
-    return plan.weights * (ENCODE + TOKEN * source.rows.numel()) + last
+    return ENCODE * plan.weights + forwards_cost(settings, source, plan.weights) + last

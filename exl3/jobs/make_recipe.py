@@ -4,16 +4,13 @@ from dataclasses import dataclass
 from math import floor
 from pathlib import Path
 
-from exl3.allocate import MAX_BITS, Solution, solve
+from exl3.allocate import ALL_BITS, TOLERANCE, Solution, solve
 from exl3.errors import UserError
-from exl3.errors_by_bits import UNQUANTIZED
-from exl3.jobs.candidates import TOLERANCE
+from exl3.format.layer import UNQUANTIZED
 from exl3.measurement import MeasuredGroup, Measurement, read_measurement
 from exl3.model.checkpoint import Checkpoint
 from exl3.predict import Offer, predict
 from exl3.recipe import Recipe, write_recipe
-
-ALL_BITS = range(1, MAX_BITS + 1)
 
 
 @dataclass(frozen=True)

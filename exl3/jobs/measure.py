@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
-from exl3 import ops, parallel
+from exl3 import parallel
 from exl3.data.rows import rows_hash
-from exl3.devices import pick_device
+from exl3.devices import backend, pick_device
 from exl3.jobs.measure_files import MeasureFiles
 from exl3.jobs.measure_input import Input, Request, open_input
 from exl3.jobs.measure_layers import LayerMaker
@@ -22,6 +22,7 @@ from exl3.jobs.measure_plan import Plan, Targets, make_targets
 from exl3.jobs.measure_report import report
 from exl3.jobs.measure_results import Results
 from exl3.jobs.measure_sweep import Stream, Sweep, stream_klds
+from exl3.jobs.workdir import BACKEND
 from exl3.measurement import Measurement
 from exl3.model.streamed import StreamedModel
 from exl3.progress import Progress
@@ -31,11 +32,11 @@ def measure(request: Request) -> None:
     """Does what is left of a measurement and prints what came of it. UserError for bad input."""
     files = MeasureFiles(request.out)
     files.refuse_strangers()
-    _, note = pick_device(request.device)
+    device, note = pick_device(request.device)
     if note:
         print(note)
-    with parallel.one_thread_per_op():
-        found = open_input(request)
+    with parallel.one_thread_per_op(), parallel.work_on(device):
+        found = open_input(request, device)
         identity = _identity(request, found)
         job = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
         done = files.measured()
@@ -57,12 +58,14 @@ def _identity(request: Request, found: Input) -> dict[str, object]:
         "method": request.method,
         "level": request.level,
     }
+    if found.original.rope_parameters:
+        identity["rotary embeddings"] = found.original.rope_parameters
     if not found.quants:
         identity |= {
             "bits": request.bits,
             "codebook": request.codebook,
             "rows to quantize with": rows_hash(found.hessian_rows),
-            "trellis search": "kernels" if ops.HAVE_KERNELS else "plain torch",
+            BACKEND: backend(found.original.device),
         }
     return identity
 

@@ -16,18 +16,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from exl3.errors import UserError
 from exl3.files import PARTIAL, write_json
 from exl3.jobs.workdir import WorkDir
 from exl3.measurement import Measurement, read_measurement, write_measurement
-from exl3.tensor_files import LazyTensor, write_safetensors
+from exl3.tensor_files import LazyTensor, opened, write_safetensors
 
 FOLDERS = ("kld", "entering", "layers")
 NAMES = ("job.json", "lock", "original.safetensors", "states.safetensors")
 STATE = "s:"  # before a stream's name in states.safetensors
 HOME = "home"
+WAY_OUT = "delete it and start again"  # of damaged files
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ class MeasureFiles:
         write_safetensors(self._kld(name), tensors)
 
     def load_kld(self, name: str) -> tuple[torch.Tensor, float | None]:
-        with _opened(self._kld(name)) as file:
+        with opened(self._kld(name), WAY_OUT) as file:
             error = file.get_tensor("error").item()
             return file.get_tensor("kld"), None if math.isnan(error) else error
 
@@ -174,7 +174,7 @@ class MeasureFiles:
 
     def original_row(self, row: int) -> torch.Tensor:
         """(1, cols, hidden)."""
-        with _opened(self.original) as file:
+        with opened(self.original, WAY_OUT) as file:
             return file.get_slice("states")[row : row + 1]
 
     def save_entering(self, model: str, block: int, states: torch.Tensor) -> None:
@@ -191,7 +191,7 @@ class MeasureFiles:
                 path.unlink()
         if best == 0:
             return 0, None
-        with _opened(known[best]) as file:
+        with opened(known[best], WAY_OUT) as file:
             return best, file.get_tensor("states")
 
     def _entering(self, model: str) -> list[Path]:
@@ -217,7 +217,7 @@ class MeasureFiles:
         """Names of the streams of the sweep under way through a model."""
         if not self.states.is_file():
             return ()
-        with _opened(self.states) as file:
+        with opened(self.states, WAY_OUT) as file:
             about = json.loads(file.metadata()["about"])
         return tuple(about["streams"]) if about["model"] == model else ()
 
@@ -225,7 +225,7 @@ class MeasureFiles:
         """The saved states of these streams, None if they are of others."""
         if not names or not set(names) <= set(self.saved_streams(model)):
             return None
-        with _opened(self.states) as file:
+        with opened(self.states, WAY_OUT) as file:
             about = json.loads(file.metadata()["about"])
             held = set(file.keys())
             states = {n: file.get_tensor(STATE + n) for n in names if STATE + n in held}
@@ -235,12 +235,3 @@ class MeasureFiles:
 
     def drop_states(self) -> None:
         self.states.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[object]:
-    try:
-        with safe_open(path, "pt") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is damaged ({error}); delete it and start again") from None

@@ -12,19 +12,20 @@ from typing import Protocol
 import torch
 from safetensors import safe_open
 
+from exl3.cli import read_devices
 from exl3.data.rows import TextSource, calibration_rows
 from exl3.data.tokenizer import load_tokenizer
+from exl3.devices import CPU
 from exl3.errors import UserError
-from exl3.format.layer import decode_layer, layer_bits, layer_codebook, padded
+from exl3.format.layer import UNQUANTIZED, decode_layer, layer_bits, layer_codebook, padded
 from exl3.format.stored_layer import StoredLayer
 from exl3.format.trellis import TILE
 from exl3.jobs.workdir import WorkDir
 from exl3.model.checkpoint import read_json
-from exl3.model.quantized import open_model
+from exl3.model.quantized import like_quant, open_model, rope_parameters
 from exl3.model.streamed import StreamedModel
 from exl3.splice import Quant
 
-UNQUANTIZED = 16  # "bits" of a layer that a quant stores as it was
 DIFFERENT = 0.005  # of a norm's length: more than rounding to float16 or bfloat16
 
 
@@ -69,10 +70,10 @@ class Layers(Protocol):
 class QuantLayers:
     """The layers of a quant's folder."""
 
-    def __init__(self, folder: Path, trust_remote_code: bool) -> None:
+    def __init__(self, folder: Path, trust_remote_code: bool, device: torch.device = CPU) -> None:
         self.folder = folder
         self.quant = Quant(folder)
-        self.model = open_model(folder, trust_remote_code)
+        self.model = open_model(folder, trust_remote_code, device=device)
 
     def quantized(self, key: str) -> bool:
         return key in self.quant.layers
@@ -151,16 +152,20 @@ class Input:
         return not self.quants or any(quant.quantized(key) for quant in self.quants)
 
 
-def open_input(request: Request) -> Input:
-    """Opens and checks everything. UserError for what is wrong."""
+def open_input(request: Request, device: torch.device = CPU) -> Input:
+    """Opens and checks everything, for work on a device. UserError for what is wrong."""
     _check_flags(request)
     if _is_quant(request.original):
         raise UserError(f"-r {request.original} is an EXL3 quant; give the original model")
-    original = open_model(request.original, request.trust_remote_code)
-    quants = tuple(QuantLayers(folder, request.trust_remote_code) for folder in request.quants)
+    trust = request.trust_remote_code
+    original = open_model(request.original, trust, device=device)
+    quants = tuple(QuantLayers(folder, trust, device) for folder in request.quants)
     for quant in quants:
         _refuse_other_model(original, quant)
     _refuse_order(quants)
+    if quants:
+        _refuse_other_rope(quants)
+        original = like_quant(original, quants[0].model, trust)
     found = Input(original, quants, *_rows(request, original))
     _refuse_strangers(found)
     return found
@@ -180,8 +185,7 @@ def _check_flags(r: Request) -> None:
             raise UserError(f"{name} {value}: give at least {low}")
     if not r.max_sys > 0:
         raise UserError(f"-ms {r.max_sys}: give GiB of memory for hidden states")
-    if r.device != "cpu" and not r.device.isdigit():
-        raise UserError(f"-d {r.device}: give the number of a GPU, or cpu")
+    read_devices(r.device)
     if not 1 <= r.bits <= 8:
         raise UserError(f"--bits {r.bits} is out of range: 1 to 8")
     if not r.original.is_dir():
@@ -204,11 +208,11 @@ def _refuse_other_model(original: StreamedModel, quant: QuantLayers) -> None:
     if names[0] != names[1]:
         text = " and ".join(", ".join(name or ["?"]) for name in names)
         raise UserError(f"-r and -i {quant.folder} are different architectures ({text}); {advice}")
-    linears = [
-        {k: m.weight.shape for i in range(m_.num_blocks) for k, m in m_.block_linears(i).items()}
-        for m_ in (original, other)
+    sizes = [
+        {key: linear.weight.shape for key, linear in model.linears(head=False).items()}
+        for model in (original, other)
     ]
-    if linears[0] != linears[1]:
+    if sizes[0] != sizes[1]:
         raise UserError(f"-i {quant.folder} has layers of other sizes than -r; {advice}")
     for key in _norms(original, quant.keys):
         a, b = (model.checkpoint.tensor(key).double() for model in (original, other))
@@ -233,6 +237,17 @@ def _refuse_order(quants: Sequence[QuantLayers]) -> None:
             raise UserError(
                 f"-i: give the quants in rising bitrate; {a.folder} has {bits[0]:.2f} bits per "
                 f"weight and {b.folder}, which comes after it, {bits[1]:.2f}"
+            )
+
+
+def _refuse_other_rope(quants: Sequence[QuantLayers]) -> None:
+    """UserError if there is no one original for all quants."""
+    base = quants[0]
+    for quant in quants[1:]:
+        if rope_parameters(quant.model) != rope_parameters(base.model):
+            raise UserError(
+                f"-i: {base.folder} and {quant.folder} were made with different rotary embeddings "
+                "(-ra, -rs of convert.py); give quants made alike"
             )
 
 

@@ -1,8 +1,6 @@
 """Quantizes every layer of the original by itself, plainly: what it costs a group to have so few
 bits, with nothing corrected for the errors of others."""
 
-import time
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -10,14 +8,16 @@ import torch
 from torch import nn
 
 from exl3 import parallel
+from exl3.jobs.inputs import head_hessian, sum_hessians
 from exl3.jobs.measure_input import padded_weights
 from exl3.jobs.measure_sweep import Live
+from exl3.jobs.quantize import quantized
+from exl3.jobs.streams import enter, waves
 from exl3.jobs.workdir import WorkDir
-from exl3.model.capture import Capture, Captured, head_inputs
+from exl3.model.capture import Capture, Captured
 from exl3.model.streamed import StreamedModel
 from exl3.progress import Progress
 from exl3.quant.hessian import Hessian
-from exl3.quant.linear import quantize_linear
 
 HESSIAN_BYTES = 4 << 30  # of the Hessians in memory at a time, one for each linear
 SEARCH_TOKENS = 20_000  # a weight's search takes about as long as its part in their forwards
@@ -60,51 +60,35 @@ class LayerMaker:
             return
         self.model.load_embedding()
         self.model.load_tail()
-        hessian = Hessian(states.shape[-1])
-        for r, row in enumerate(self.rows.split(1)):
-            state = states[self.first + r : self.first + r + 1]
-            hessian.add(head_inputs(self.model, row, state))
+        hessian = head_hessian(self.model, self.rows, states[self.first :], self._single_rows())
         self._make(key, linear, hessian)
         self.model.free_tail()
         self.model.free_embedding()
 
     def _hessians(
         self, i: int, linears: Mapping[str, nn.Linear], states: torch.Tensor | None
-    ) -> Iterator[tuple[tuple[str, ...], Hessian]]:
+    ) -> list[tuple[tuple[str, ...], Hessian]]:
         """Of the inputs of block i's linears, one for those that share their input."""
-        hessians: dict[tuple[str, ...], Hessian] = {}
 
-        def captured(r: int) -> list[Captured]:
-            state = None if states is None else states[r : r + 1]
-            return capture.run(self.rows[r : r + 1], state)[1]
+        def captured(row: slice) -> list[Captured]:
+            return capture.run(self.rows[row], enter(states, row))[1]
 
         with Capture(self.model, i, dict(linears)) as capture:
-            for wave in torch.arange(len(self.rows)).split(parallel.threads()):
-                for groups in parallel.each(captured, wave.tolist()):
-                    for group in groups:
-                        size = group.inputs.shape[-1]
-                        hessians.setdefault(group.names, Hessian(size)).add(group.inputs)
-        yield from hessians.items()
+            return sum_hessians(
+                found
+                for wave in waves(self._single_rows())
+                for found in parallel.each(captured, wave)
+            )
+
+    def _single_rows(self) -> list[slice]:
+        return [slice(r, r + 1) for r in range(len(self.rows))]
 
     def _make(self, key: str, linear: nn.Linear, hessian: Hessian | None) -> None:
         self.progress.doing(key)
         if hessian is not None and hessian.tokens < linear.in_features:
             hessian = None  # of a rarely asked expert: feedback would suit these few tokens only
-        began = time.monotonic()
-        made = quantize_linear(
-            linear.weight.T,
-            None if hessian is None else hessian.mean(),
-            self.bits,
-            self.codebook,
-            zlib.crc32(key.encode()),
-            name=f"{key}.weight",
-        )
-        report = {
-            "bits": self.bits,
-            "proxy_error": made.proxy_error,
-            "weight_error": made.weight_error,
-            "seconds": time.monotonic() - began,
-        }
+        mean = None if hessian is None else hessian.mean()
+        made, report = quantized(key, linear.weight, mean, self.bits, self.codebook)
         self.work.save_layer(key, made.tensors, report)
         self.progress.advance(search_cost(linear))
 

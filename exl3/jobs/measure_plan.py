@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from exl3 import parallel
@@ -18,6 +17,7 @@ from exl3.jobs.measure_files import MeasureFiles
 from exl3.jobs.measure_input import Input, Layers, MadeLayers, Request, padded_weights
 from exl3.jobs.measure_layers import search_cost
 from exl3.jobs.measure_sweep import Stream, forward_cost, stream_cost
+from exl3.model.quantized import OTHER_ROPE
 from exl3.model.streamed import StreamedModel
 
 GIB = 2**30
@@ -72,17 +72,9 @@ def _bias_bytes(model: StreamedModel) -> dict[str, int]:
     size = torch.float16.itemsize
     return {
         key: size * padded(linear.out_features)
-        for key, linear in all_linears(model).items()
+        for key, linear in model.linears().items()
         if linear.bias is not None
     }
-
-
-def all_linears(model: StreamedModel) -> dict[str, nn.Linear]:
-    """Those of the blocks, and the head."""
-    blocks = (model.block_linears(i) for i in range(model.num_blocks))
-    linears = {key: linear for block in blocks for key, linear in block.items()}
-    key, head = model.head()
-    return linears | {key: head}
 
 
 class Plan:
@@ -130,7 +122,7 @@ class Plan:
             work = self.files.work
             cost += sum(
                 search_cost(linear)
-                for key, linear in all_linears(model).items()
+                for key, linear in model.linears().items()
                 if not work.has_layer(key)
             )
         return cost
@@ -155,6 +147,8 @@ class Plan:
                 "it; alone in another model its layers look worse than they are. Measure without "
                 "-i, or quants made with convert.py --no_correction"
             )
+        if self.found.original.rope_parameters:
+            lines.append(f"  NOTE: {OTHER_ROPE}")
         if len(self.left) < len(targets.parts):
             lines.append(f"  {len(targets.parts) - len(self.left)} candidates are measured already")
         count = len(self.passes)
@@ -186,7 +180,7 @@ class Plan:
             made = 0
         else:
             states = max(states, self._state_bytes(self.every))
-            weights = sum(map(padded_weights, all_linears(self.found.original).values()))
+            weights = sum(map(padded_weights, self.found.original.linears().values()))
             made = self.request.bits * weights // 8
         return 2 * states + 3 * self._state_bytes(self.found.rows) + klds + made
 

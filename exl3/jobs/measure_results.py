@@ -8,10 +8,11 @@ import torch
 
 from exl3.data.rows import rows_hash
 from exl3.evaluate.metrics import mean_and_error
+from exl3.format.layer import UNQUANTIZED
 from exl3.format.stored_layer import StoredLayer
 from exl3.jobs.measure_files import MeasureFiles
-from exl3.jobs.measure_input import UNQUANTIZED, Input, Request, padded_weights
-from exl3.jobs.measure_plan import Targets, all_linears, group_stream, head_stream, whole_stream
+from exl3.jobs.measure_input import Input, Request, padded_weights
+from exl3.jobs.measure_plan import Targets, group_stream, head_stream, whole_stream
 from exl3.measurement import (
     Candidate,
     MeasuredGroup,
@@ -36,7 +37,7 @@ class Results:
 
     def __post_init__(self) -> None:
         self._weights = {
-            key: padded_weights(linear) for key, linear in all_linears(self.found.original).items()
+            key: padded_weights(linear) for key, linear in self.found.original.linears().items()
         }
         self._stored: dict[tuple[int, str], StoredLayer] = {}
         self._fingerprint = self.found.original.checkpoint.fingerprint()

@@ -101,7 +101,7 @@ def _best(
     notes: Notes,
 ) -> tuple[Candidate, dict]:
     """The best candidate by measurement, and what to record of it. NotBetter if there is none."""
-    _, note = pick_device(request.device)
+    device, note = pick_device(request.device)
     if note:
         print(note)
     rows = held_out_rows(request.original, request.verify, request.text, request.trust_remote_code)
@@ -117,6 +117,7 @@ def _best(
         rows,
         notes,
         request.trust_remote_code,
+        device=device,
     )
     trials = [Trial(c, m) for c, m in zip(everything, found, strict=True)]
     plain_trials = dict(zip(plain, trials, strict=False))

@@ -11,8 +11,9 @@ from exl3.format.directory import (
     write_configs,
     write_weights,
 )
+from exl3.format.layer import UNQUANTIZED
 from exl3.jobs import out_folder
-from exl3.jobs.plan import UNQUANTIZED, Plan
+from exl3.jobs.plan import Plan
 from exl3.jobs.settings import Settings
 from exl3.jobs.source import Source
 from exl3.jobs.stored import stored_modules, with_tuned

@@ -13,14 +13,15 @@ from torch import nn
 
 from exl3 import parallel
 from exl3.errors import UserError
-from exl3.jobs.boundaries import GRADIENT, Boundaries, expect, reading
-from exl3.jobs.streams import waves
+from exl3.jobs.boundaries import GRADIENT, WAY_OUT, Boundaries, expect
+from exl3.jobs.streams import batches, waves
 from exl3.model.gradients import OutputGradients
 from exl3.model.streamed import StreamedModel
 from exl3.quant.hessian import Hessian
-from exl3.tensor_files import LazyTensor, write_safetensors
+from exl3.tensor_files import LazyTensor, opened, write_safetensors
 
 MOST_OUTPUTS = 20480  # of a linear with an output-side Hessian, which takes up to 13 GB for these
+WHOLE_HEAD = 8192  # outputs of a head whose output-side Hessian is more than its blocks
 
 
 class OutputHessian:
@@ -77,10 +78,10 @@ def block_output_hessians(
 
     def gradients(part: slice) -> dict[str, torch.Tensor]:
         state, gradient = boundaries.state(i, part), boundaries.load(GRADIENT, i, part)
-        return watched.run(boundaries.rows[part], state, gradient)
+        return watched.run(boundaries.rows[part], state, gradient).gradients
 
     with OutputGradients(model, i, linears) as watched:
-        for wave in waves(boundaries.rows):
+        for wave in waves(batches(boundaries.rows)):
             for found in parallel.each(gradients, wave):
                 for key, d in found.items():
                     if len(d):
@@ -107,7 +108,7 @@ class SavedHessian:
 
     def mean(self) -> torch.Tensor:
         """float32 (features, features), symmetric."""
-        with reading(self.path) as file:
+        with opened(self.path, WAY_OUT) as file:
             if "mean" in file.keys():  # noqa: SIM118
                 return file.get_tensor("mean")
             return _mean(file.get_tensor("gradients"))
@@ -125,7 +126,7 @@ def save_output_hessians(
     for key, hessian in hessians.items():
         path = folder / f"{key}.safetensors"
         if path.exists():
-            with reading(path) as file:
+            with opened(path, WAY_OUT) as file:
                 expect(path, file.metadata(), identity)
         else:
             metadata = {**identity, "tokens": str(hessian.tokens)}
@@ -149,7 +150,7 @@ def load_output_hessians(
     for key, linear in linears.items():
         path = Path(folder) / f"{key}.safetensors"
         if path.exists():
-            with reading(path) as file:
+            with opened(path, WAY_OUT) as file:
                 expect(path, file.metadata(), identity)
                 found[key] = SavedHessian(path, linear.out_features, _tokens(path, file, linear))
     return found

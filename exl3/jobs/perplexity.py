@@ -6,6 +6,7 @@ from exl3.data.builtin import builtin_texts
 from exl3.data.rows import evaluation_rows
 from exl3.data.texts import read_texts
 from exl3.data.tokenizer import load_tokenizer
+from exl3.devices import pick_device
 from exl3.evaluate.metrics import row_metrics, summarize
 from exl3.evaluate.rows import check_tokens
 from exl3.evaluate.stream import stream_logits, stream_work
@@ -14,10 +15,18 @@ from exl3.progress import Progress
 
 
 def print_perplexity(
-    folder: Path, text: Path | None, rows: int, length: int, trust_remote_code: bool
+    folder: Path,
+    text: Path | None,
+    rows: int,
+    length: int,
+    trust_remote_code: bool,
+    device: str = "0",
 ) -> None:
     """Prints perplexity with its standard error. UserError for bad input."""
-    model = open_model(folder, trust_remote_code)
+    chosen, note = pick_device(device, "-dev")
+    if note:
+        print(note)
+    model = open_model(folder, trust_remote_code, device=chosen, packed=True)
     texts = read_texts(text) if text else held_out_texts()
     tokenizer = load_tokenizer(folder, trust_remote_code)
     ids = evaluation_rows(tokenizer, "\n\n".join(texts), length, rows)

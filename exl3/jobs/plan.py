@@ -1,28 +1,25 @@
 """What a conversion will do: which tensor gets how many bits, and what that makes of the model."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import floor
 from pathlib import Path
 
-from exl3.allocate import MAX_BITS, Option, solve
+from exl3.allocate import ALL_BITS, MAX_BITS, TOLERANCE, Option, solve
 from exl3.errors import UserError
 from exl3.errors_by_bits import relative_error
-from exl3.format.layer import padded
+from exl3.format.layer import UNQUANTIZED, padded
 from exl3.format.manifest import file_digest
-from exl3.groups import group, kind
+from exl3.groups import group
 from exl3.jobs.settings import Settings, flag
 from exl3.measurement import Measurement, read_measurement
 from exl3.model.streamed import StreamedModel
 from exl3.predict import Offer, predict
 from exl3.recipe import bits_by_recipe, read_recipe
-from exl3.sensitivity import sensitivity, share_of_tokens
 
-UNQUANTIZED = 16
 FAVOURED = ("attn", "attention", "shared_expert")  # parts of the keys that -hq gives more bits
 EVERY_TENSOR = 4  # level of groups
-TOLERANCE = 0.02  # bits: what an average may stay below its target where tensors allow more
-ALL_BITS = range(1, MAX_BITS + 1)
 
 
 @dataclass(frozen=True)
@@ -51,6 +48,15 @@ class Plan:
         """Of the decoder's linears, padded."""
         return sum(m.weights for m in self.modules)
 
+    @property
+    def shares(self) -> str:
+        """Which part of the decoder's weights has how many bits, and the average."""
+        count = Counter()
+        for m in self.modules:
+            count[self.bits[m.key]] += m.weights
+        parts = (f"{count[k] / self.weights:.0%} with {k} bits" for k in sorted(count))
+        return f"{', '.join(parts)}; {self.average:.3f} on average"
+
 
 def average_bits(modules: Sequence[Module], chosen: dict[str, int]) -> float:
     """Bits a weight of the codes alone: sum of K n over sum of n."""
@@ -58,10 +64,31 @@ def average_bits(modules: Sequence[Module], chosen: dict[str, int]) -> float:
     return sum(chosen[m.key] * m.weights for m in modules) / total
 
 
-def make_plan(settings: Settings, model: StreamedModel) -> Plan:
-    """Shares out the bits: by a recipe, by a measurement, or by default sensitivities.
+def shared_by_gradients(settings: Settings) -> bool:
+    """Whether what the original's gradients say decides which tensor gets how many bits."""
+    if settings.recipe is not None or settings.measurement is not None:
+        return False
+    return settings.bits != floor(settings.bits) or not uniform(settings)
 
-    UserError for a recipe or measurement of another model.
+
+def traces_back(settings: Settings) -> bool:
+    """Whether gradients of the original are wanted at all."""
+    return settings.hessian == "kron" or shared_by_gradients(settings)
+
+
+def uniform(settings: Settings) -> bool:
+    """Whether a whole -b is the same for all tensors: wanted so, or in quants to be spliced."""
+    return settings.uniform or settings.no_correction
+
+
+def make_plan(
+    settings: Settings, model: StreamedModel, sensitivities: Mapping[str, float] | None = None
+) -> Plan:
+    """Shares out the bits: by a recipe, by a measurement, or by the original's gradients.
+
+    sensitivities: key → KLD per unit of relative error, where `shared_by_gradients`; without them
+    all weights count alike, and only the sizes are what they will be. UserError for a recipe or
+    measurement of another model.
     """
     modules = decoder_modules(model)
     if settings.recipe is not None:
@@ -69,8 +96,7 @@ def make_plan(settings: Settings, model: StreamedModel) -> Plan:
     elif settings.measurement is not None:
         bits = _by_measurement(settings, model, modules)
     else:
-        config = model.config.get_text_config(decoder=True)
-        bits = allocate(modules, settings.bits, share_of_tokens(config))
+        bits = _by_gradients(settings, modules, sensitivities)
     if settings.hq:
         for key in bits:
             if any(part in key for part in FAVOURED):
@@ -89,26 +115,33 @@ def decoder_modules(model: StreamedModel) -> list[Module]:
     ]
 
 
-def allocate(modules: Sequence[Module], bits: float, used: float = 1.0) -> dict[str, int]:
+def _by_gradients(
+    settings: Settings, modules: Sequence[Module], sensitivities: Mapping[str, float] | None
+) -> dict[str, int]:
+    """Shared out, unless all are to have the same."""
+    if shared_by_gradients(settings):
+        return allocate(modules, settings.bits, sensitivities)
+    return {m.key: int(settings.bits) for m in modules}
+
+
+def allocate(
+    modules: Sequence[Module], bits: float, sensitivities: Mapping[str, float] | None = None
+) -> dict[str, int]:
     """Whole bits for every tensor, on average at most `bits` (1 to 8) and as near as they allow.
 
-    A whole number is the same for all. Else those tensors get more whose default sensitivity
-    (`exl3.sensitivity`) is worth it, at most one bit beyond the two whole numbers around `bits`:
-    guesses must not wreck a model. Experts of a kind have the same. used: the share of tokens
-    that an expert gets.
+    Those tensors get more whose sensitivity is worth it (None: all weights count alike), from one
+    bit below the whole part of `bits` to two above: what errors do to a model is known for small
+    ones. Experts of a kind have the same, as readers want it.
     """
     low = floor(bits)
-    if low == bits:
-        return {m.key: low for m in modules}
     offered = range(max(1, low - 1), min(MAX_BITS, low + 2) + 1)
-    blocks = 1 + max(m.block for m in modules)
     weights = {m.key: m.weights for m in modules}
-    keys = [[m.key for m in modules if m.block == i] for i in range(blocks)]
+    worth = weights if sensitivities is None else sensitivities
+    keys = [[m.key for m in modules if m.block == i] for i in sorted({m.block for m in modules})]
     groups, options = group(keys, EVERY_TENSOR), []
     for own in groups:
-        n = sum(weights[key] for key in own.keys)
-        worth = n * sensitivity(kind(own.keys[0]), own.block, blocks, used)
-        options.append([Option(k * n, worth * relative_error({k: 1}, None)) for k in offered])
+        n, kld = (sum(of[key] for key in own.keys) for of in (weights, worth))
+        options.append([Option(k * n, kld * relative_error({k: 1}, None)) for k in offered])
     picked = _solved(options, bits, sum(weights.values()))
     return {key: offered[i] for own, i in zip(groups, picked, strict=True) for key in own.keys}
 

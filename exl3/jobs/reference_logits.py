@@ -4,6 +4,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from exl3.cli import read_devices
 from exl3.devices import pick_device
 from exl3.errors import UserError
 from exl3.evaluate.dataspec import check_context, load_dataspec
@@ -33,10 +34,10 @@ def write_reference_logits(request: Request) -> None:
     """Writes the file, or what is missing of it. UserError for bad input."""
     _check(request)
     spec = load_dataspec(request.dataspec)
-    _, note = pick_device(request.device, "-dev")
+    device, note = pick_device(request.device, "-dev")
     for line in (*spec.notes, *filter(None, [note])):
         print(line)
-    model = open_model(request.model_dir, request.trust_remote_code)
+    model = open_model(request.model_dir, request.trust_remote_code, device=device)
     check_context(spec, model.config)
     every = spec.rows(request.trust_remote_code)
     rows = every[: request.rows or None]
@@ -68,8 +69,7 @@ def _check(request: Request) -> None:
         raise UserError(f"-r {request.rows}: give a number of rows, or 0 for all")
     if request.rows_per_batch is not None and request.rows_per_batch < 1:
         raise UserError(f"-rpb {request.rows_per_batch}: give at least 1")
-    if request.device != "cpu" and not request.device.isdigit():
-        raise UserError(f"-dev {request.device}: give the number of a GPU, or cpu")
+    read_devices(request.device, "-dev")
     if request.out_logits.is_dir():
         raise UserError(f"-o {request.out_logits}: this is a folder; give the name of a file")
 

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from exl3.cli import read_devices
 from exl3.errors import UserError
 from exl3.files import PARTIAL, write_json
 from exl3.measurement import read_measurement
@@ -29,6 +30,7 @@ class Settings:
     codebook: str = "mul1"
     out_scales: str = "always"
     hq: bool = False
+    uniform: bool = False
     no_correction: bool = False
     hessian: str = "kron"
     hessian_rows: int = 16
@@ -76,7 +78,7 @@ HARMLESS = (
 DEFINING = tuple(f.name for f in dataclasses.fields(Settings) if f.name not in HARMLESS)
 JOB_NAMES = (
     *("job.json", "identity.json", "check.json", "lock", "layers", "experts", "gradients"),
-    *("calibration.safetensors", "states.safetensors", "tuned"),
+    *("calibration.safetensors", "states.safetensors", "tuned", "sensitivities.json"),
 )
 FORGOTTEN = (  # with a job
     *("calibration.safetensors", "states.safetensors", "layers/*.safetensors"),
@@ -257,7 +259,7 @@ def forget_job(work: Path) -> None:
     """Removes what a job left in its work folder, and nothing else; nothing if there was none."""
     if load_settings(work) is None and not has_progress(work):
         return
-    for name in ("job.json", "identity.json", "check.json"):
+    for name in ("job.json", "identity.json", "check.json", "sensitivities.json"):
         (work / name).unlink(missing_ok=True)
     for pattern in FORGOTTEN:
         for path in work.glob(pattern):
@@ -351,8 +353,7 @@ def check_ranges(s: Settings) -> None:
             raise UserError(f"{flag(name)} {value} is out of range: {low} to {high}")
     if s.head_bits not in (*range(1, 9), 16):
         raise UserError(f"-hb {s.head_bits} is out of range: 1 to 8, or 16 (unquantized)")
-    if s.devices != "cpu" and not all(d.strip().isdigit() for d in s.devices.split(",")):
-        raise UserError(f"-d {s.devices}: give device numbers like 0 or 0,1, or cpu")
+    read_devices(s.devices)
 
 
 def check(s: Settings) -> None:
@@ -371,5 +372,13 @@ def check(s: Settings) -> None:
     for name in ("in_dir", "work_dir"):
         if Path(getattr(s, name)).is_relative_to(partial):
             raise UserError(f"{flag(name)}: the output is put together in {partial}; give another")
+    if s.save_hessians is not None and s.hessian == "input":
+        raise UserError("--save_hessians: --hessian input makes none; leave one of them out")
+    if s.uniform and s.bits != int(s.bits):
+        raise UserError(f"-b {s.bits:g} --uniform: only whole bits can be the same for all tensors")
+    if s.uniform and (s.measurement or s.recipe):
+        raise UserError(
+            "--uniform: -m and --recipe give tensors different bits; leave one of them out"
+        )
     if not Path(s.in_dir).is_dir():
         raise UserError(f"-i {s.in_dir} is no folder; give the folder of a Hugging Face model")

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
-from exl3 import ops
 from exl3.data.rows import TextSource, calibration_rows, rows_hash
 from exl3.data.tokenizer import load_tokenizer
+from exl3.devices import backend
 from exl3.errors import UserError
 from exl3.jobs.settings import DEFINING, Settings, has_progress
-from exl3.jobs.workdir import WorkDir
+from exl3.jobs.workdir import BACKEND, WorkDir
 from exl3.model.rope import Rope
 from exl3.model.streamed import StreamedModel
 
@@ -29,12 +29,10 @@ class Source:
 
 def open_model(settings: Settings, device: torch.device) -> StreamedModel:
     """The original model. UserError for what is wrong with it."""
-    # On a CPU half precision is slower than float32, and float32 loses nothing.
-    dtype = torch.float32 if device.type == "cpu" else None
     model = StreamedModel(
         settings.in_dir,
         device=device,
-        dtype=dtype,
+        dtype=torch.float32,
         trust_remote_code=settings.trust_remote_code,
         rope=Rope(settings.rope_alpha, settings.rope_scale),
     )
@@ -58,7 +56,7 @@ def open_source(settings: Settings, work: WorkDir, device: torch.device) -> Sour
     identity = {
         "source model": model.checkpoint.fingerprint(),
         "calibration rows": rows_hash(rows),
-        "trellis search": "kernels" if ops.HAVE_KERNELS else "plain torch",
+        BACKEND: backend(device),
     }
     work.check_identity(identity)
     # The rows stand for themselves, wherever they came from.

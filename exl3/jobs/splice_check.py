@@ -11,20 +11,21 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch
 
 from exl3.data.rows import evaluation_rows, rows_hash
 from exl3.data.texts import read_texts
 from exl3.data.tokenizer import load_tokenizer
+from exl3.devices import CPU
 from exl3.errors import UserError
 from exl3.evaluate.metrics import mean_and_error, row_metrics
 from exl3.evaluate.rows import check_tokens
 from exl3.evaluate.stream import stream_logits, stream_work
 from exl3.files import take_lock
 from exl3.jobs.perplexity import held_out_texts
-from exl3.model.quantized import QuantizedCheckpoint, open_model
+from exl3.model.quantized import OTHER_ROPE, QuantizedCheckpoint, like_quant, open_model
 from exl3.model.spliced import SplicedCheckpoint
 from exl3.model.streamed import StreamedModel
 from exl3.progress import Progress
@@ -108,35 +109,45 @@ def measure(
     notes: Notes,
     trust_remote_code: bool = False,
     quiet: bool = False,
+    device: torch.device = CPU,
 ) -> list[Measured]:
-    """Measures every splice on rows of ids (rows, cols), without writing it."""
-    reference = open_model(original, trust_remote_code)
+    """Measures every splice on rows of ids (rows, cols), without writing it; all of one model."""
+    reference, quant = (
+        open_model(folder, trust_remote_code, device=device)
+        for folder in (original, splices[0].quants[0].folder)
+    )
+    reference = like_quant(reference, quant, trust_remote_code)
     base = [reference.checkpoint.fingerprint(), rows_hash(rows)]
+    if reference.rope_parameters:
+        base.append(reference.rope_parameters)
+        if not quiet:
+            print(f"Note: {OTHER_ROPE}")
     keys = [_key(splice, base) for splice in splices]
     missing = {k: s for k, s in zip(keys, splices, strict=True) if k not in notes.known}
     parts = [list(missing)[i : i + TOGETHER] for i in range(0, len(missing), TOGETHER)]
     work = stream_work(reference, rows) * (len(missing) + len(parts))
     with Progress(work, "Measuring", quiet) as progress:
         for part in parts:
-            models = [_open(missing[key], trust_remote_code) for key in part]
+            models = [_open(missing[key], trust_remote_code, device) for key in part]
             found = _measure(reference, models, rows, progress)
             for key, measured in zip(part, found, strict=True):
                 notes.add(key, measured)
     return [notes.known[key] for key in keys]
 
 
-def _key(splice: Splice, base: Sequence[str]) -> str:
+def _key(splice: Splice, base: Sequence[Any]) -> str:
     """What a measurement depends on."""
     quants = [quant.fingerprint for quant in splice.quants]
     text = json.dumps([*base, quants, splice.origin], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _open(splice: Splice, trust_remote_code: bool) -> StreamedModel:
+def _open(splice: Splice, trust_remote_code: bool, device: torch.device) -> StreamedModel:
     quants = [QuantizedCheckpoint(quant.folder) for quant in splice.quants]
     return StreamedModel(
         splice.quants[0].folder,
         checkpoint=SplicedCheckpoint(quants, splice.origin),
+        device=device,
         dtype=torch.float32,
         trust_remote_code=trust_remote_code,
     )

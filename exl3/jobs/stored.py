@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from exl3.errors import UserError
 from exl3.format.codebook import CODEBOOKS
 from exl3.format.directory import StoredModule, stored_dtype
-from exl3.format.layer import padded
+from exl3.format.layer import UNQUANTIZED, padded
 from exl3.format.trellis import TILE
-from exl3.jobs.plan import UNQUANTIZED, Plan
+from exl3.jobs.plan import Plan
 from exl3.jobs.settings import Settings
 from exl3.model.streamed import StreamedModel
 from exl3.tensor_files import LazyTensor
@@ -28,9 +28,7 @@ def stored_modules(
     embedding = set(model.embedding_keys())
     parts = (model.block_keys(i) for i in range(model.num_blocks))
     keys = [*model.embedding_keys(), *(key for part in parts for key in part), *model.tail_keys()]
-    linears = {model.head()[0]: model.head()[1]}
-    for i in range(model.num_blocks):
-        linears |= model.block_linears(i)
+    linears = model.linears()
     names: dict[str, list[str]] = {}
     for key in keys:
         names.setdefault(key.rpartition(".")[0], []).append(key)

@@ -1,22 +1,27 @@
-"""How a conversion gets along with the memory there is."""
+"""How a conversion gets along with the memory there is: the machine's, and that of its GPUs."""
 
 import resource
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, prod
 
+import torch
 from torch import nn
 
 from exl3 import parallel
+from exl3.devices import free_bytes
 from exl3.errors import UserError
+from exl3.format.hadamard import HADAMARD
 from exl3.format.layer import padded
 from exl3.jobs.boundaries import boundary_memory
-from exl3.jobs.output_hessians import output_hessian_bytes
-from exl3.jobs.plan import Plan
+from exl3.jobs.output_hessians import WHOLE_HEAD, output_hessian_bytes
+from exl3.jobs.plan import Plan, traces_back
 from exl3.jobs.settings import Settings
 from exl3.jobs.streams import BATCH_TOKENS, SAMPLE_ROWS
 from exl3.memory import GIB, available_bytes, resident_now
 from exl3.model.streamed import StreamedModel
+from exl3.sensitivity import share_of_tokens
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,7 @@ class Thrift:
 
     replay: bool = True  # parts of a block that are done with keep their outputs
     spill: bool = False  # states live in files of the work folder
+    on_card: bool = False  # or in the memory of the GPU that runs the model
 
     def __str__(self) -> str:
         where = "states are kept in files, and " if self.spill else ""
@@ -32,25 +38,81 @@ class Thrift:
 
 
 THRIFTS = (Thrift(), Thrift(replay=False), Thrift(replay=False, spill=True))
+GPU_THRIFTS = (Thrift(on_card=True), *THRIFTS)
+
+CUDA_BYTES = 2 * GIB  # of main memory, for CUDA and its libraries
+CARD_BYTES = 2 * GIB  # of a card's, for these and for the search's workspace, which is at most one
+CARD_SHARE = 0.9  # of a card's memory: the rest is gaps between tensors
 
 
-def choose_thrift(settings: Settings, model: StreamedModel, plan: Plan, rows: int) -> Thrift:
-    """The fastest way that fits in --max_memory (default: what is free).
+def choose_thrift(
+    settings: Settings,
+    model: StreamedModel,
+    plan: Plan,
+    rows: int,
+    others: Sequence[torch.device] = (),
+) -> Thrift:
+    """The fastest way that fits in --max_memory (default: what is free), and on the GPU if the
+    model runs on one. others: GPUs that only share the linears.
 
     UserError, with the part of the model that is too large, if none does.
     """
-    limit = memory_limit(settings)
-    for thrift in THRIFTS:
-        need = resident_bytes() + peak_bytes(settings, model, plan, rows, thrift)
-        if need <= limit:
+    given = settings, model, plan, rows
+    thrifts = THRIFTS if model.device.type == "cpu" else GPU_THRIFTS
+    for other in others:
+        need, there = sharing_bytes(settings, model), card_limit(other)
+        if need > there:
+            raise UserError(
+                f"a layer's work needs {need / GIB:,.1f} GiB on {other}, which has "
+                f"{there / GIB:,.1f} GiB to spare; leave it out of -d, or free it of other programs"
+            )
+    for thrift in thrifts:
+        if _lacking(thrift, *given) is None:
             return thrift
+    raise UserError(_lacking(thrifts[-1], *given))
+
+
+def _lacking(
+    thrift: Thrift, settings: Settings, model: StreamedModel, plan: Plan, rows: int
+) -> str | None:
+    """What is too short for this way, as a sentence for the user; None if it fits."""
+    given = settings, model, plan, rows, thrift
+    part, _ = _largest(*given)
+    if model.device.type != "cpu":
+        need, there = computing_bytes(*given), card_limit(model.device)
+        if need > there:
+            return (
+                f"{part} needs {need / GIB:,.1f} GiB on {model.device}, which has "
+                f"{there / GIB:,.1f} GiB to spare; use a GPU with more, try --hessian input or "
+                "--no_correction, or work on the CPU (-d cpu)"
+            )
+        part = "the conversion"
+    need, limit = resident_bytes() + peak_bytes(*given), memory_limit(settings)
+    if need <= limit:
+        return None
     whose = "--max_memory is" if settings.max_memory is not None else "there are"
-    part, _ = _largest(settings, model, plan, rows, THRIFTS[-1])
-    raise UserError(
+    return (
         f"{part} needs {need / GIB:,.1f} GiB of memory, {whose} {limit / GIB:,.1f} GiB; "
         "use a machine with more, or try --hessian input, --no_correction or fewer threads "
         "(EXL3_THREADS)"
     )
+
+
+def card_limit(device: torch.device) -> int:
+    """Bytes of tensors that there is room for on a GPU."""
+    return max(0, int(free_bytes(device) * CARD_SHARE) - CARD_BYTES)
+
+
+def computing_room(settings: Settings, model: StreamedModel) -> tuple[int, int]:
+    """Of the memory that the model computes in: bytes taken already, and the limit."""
+    if model.device.type == "cpu":
+        return resident_bytes(), memory_limit(settings)
+    return 0, card_limit(model.device)
+
+
+def beside_model(model: StreamedModel, thrift: Thrift) -> bool:
+    """Whether states lie in the memory that the model computes in."""
+    return not thrift.spill if model.device.type == "cpu" else thrift.on_card
 
 
 def memory_limit(settings: Settings) -> int:
@@ -63,10 +125,31 @@ def memory_limit(settings: Settings) -> int:
 def peak_bytes(
     settings: Settings, model: StreamedModel, plan: Plan, rows: int, thrift: Thrift
 ) -> int:
-    """Bytes on top of the program itself, with this many calibration rows."""
-    states = 0 if thrift.spill else _streams(settings) * states_bytes(settings, model, rows)
+    """Bytes of main memory on top of the program itself, with this many calibration rows."""
+    if model.device.type == "cpu":
+        return computing_bytes(settings, model, plan, rows, thrift)
+    kept = 0 if thrift.spill or thrift.on_card else _kept_states(settings, model, rows)
+    if traces_back(settings):
+        kept += boundary_memory(model, min(rows, settings.hessian_rows), settings.cal_cols)
+    # Tensors on their way from the files to the card and back: the largest is the embedding.
+    return CUDA_BYTES + kept + 2 * _bytes(model, model.embedding_keys())
+
+
+def computing_bytes(
+    settings: Settings, model: StreamedModel, plan: Plan, rows: int, thrift: Thrift
+) -> int:
+    """Bytes where the model computes: in main memory, or on its GPU."""
+    states = _streams(settings) * states_bytes(settings, model, rows)
+    states = states if beside_model(model, thrift) else 0
     kept = _bytes(model, model.embedding_keys())
     return kept + states + _largest(settings, model, plan, rows, thrift)[1]
+
+
+def sharing_bytes(settings: Settings, model: StreamedModel) -> int:
+    """Bytes on a GPU that is given single linears of the model's blocks: one with what is known of
+    its inputs."""
+    linears = model.linears(head=False).values()
+    return max(_known(settings, [m], [m]) + _linear_peak(settings, m) for m in linears)
 
 
 def resident_bytes() -> int:
@@ -95,6 +178,11 @@ def spilled_bytes(settings: Settings, model: StreamedModel, rows: int, thrift: T
     """Of the work folder's disk, for what memory has no room for."""
     if not thrift.spill:
         return 0
+    return _kept_states(settings, model, rows)
+
+
+def _kept_states(settings: Settings, model: StreamedModel, rows: int) -> int:
+    """Of all that `Streams.empty` makes room for."""
     experts = any(model.block_experts(i) for i in range(model.num_blocks))
     count = _streams(settings) + experts * _entering(settings)
     return count * states_bytes(settings, model, rows)
@@ -109,10 +197,13 @@ def _largest(
         for i in range(model.num_blocks)
     ]
     parts.append(("the head", _head_peak(settings, model, plan)))
-    if settings.hessian == "kron":
+    if traces_back(settings):
         passed = min(rows, settings.hessian_rows)
-        loaded = max(_bytes(model, model.block_keys(i)) for i in range(model.num_blocks))
-        backward = loaded + boundary_memory(model, passed, settings.cal_cols)
+        running = max(
+            _bytes(model, model.block_keys(i)) + _running(settings, model, i)
+            for i in range(model.num_blocks)
+        )
+        backward = running + boundary_memory(model, passed, settings.cal_cols)
         parts.append(("the backward pass", backward))
     return max(parts, key=lambda part: part[1])
 
@@ -121,38 +212,39 @@ def _block_peak(settings: Settings, model: StreamedModel, i: int, rows: int, thr
     """A block, what is known of its inputs and outputs, and its largest linear; or a block and
     what runs through it."""
     linears = model.block_linears(i)
-    modules = [m for experts in model.block_experts(i).values() for m in experts.modules()]
-    own = {id(m) for m in modules if isinstance(m, nn.Linear)}
-    experts = {key: m for key, m in linears.items() if id(m) in own}
-    plain = {key: m for key, m in linears.items() if id(m) not in own}
+    experts = model.expert_linears(i)
+    plain = {key: m for key, m in linears.items() if key not in experts}
     states = states_bytes(settings, model, rows)
     block = _bytes(model, model.block_keys(i))
     block += 4 * sum(m.weight.numel() for m in plain.values())
     block += states_bytes(settings, model, min(rows, SAMPLE_ROWS))  # to tell the block's error by
-    if experts and not thrift.spill:
+    if experts and beside_model(model, thrift):
         block += _entering(settings) * states
     if thrift.replay and not settings.no_correction:
         block += 2 * states
-    asked = _asked(model, i)
+    asked = share_of_tokens(model.config.get_text_config(decoder=True))
     if settings.hessian == "kron":
         tokens = min(rows, settings.hessian_rows) * settings.cal_cols
         # At most: all experts get the same.
         block += output_hessian_bytes(plain, tokens)
         block += output_hessian_bytes(experts, ceil(asked * tokens))
-    passing = sum(m.in_features + m.out_features for m in plain.values())
-    passing += ceil(asked * sum(m.in_features + m.out_features for m in experts.values()))
-    running = running_bytes(settings, passing, settings.hessian == "kron" or settings.tune > 0)
+    running = _running(settings, model, i)
     working = max(_linear_peak(settings, m) for m in linears.values())
     known = _known(settings, list(linears.values()), list(plain.values()))
     return block + max(running, known + working)
 
 
-def _asked(model: StreamedModel, i: int) -> float:
-    """The share of a block's experts that a token is sent to; 1 where that is not known."""
-    config = model.config.get_text_config(decoder=True)
-    counts = [experts.num_experts for experts in model.block_experts(i).values()]
-    asked = getattr(config, "num_experts_per_tok", None)
-    return min(1.0, asked / min(counts)) if counts and asked else 1.0
+def _running(settings: Settings, model: StreamedModel, i: int) -> int:
+    """Of what runs through block i."""
+    experts = model.expert_linears(i)
+    asked = share_of_tokens(model.config.get_text_config(decoder=True))
+    passing = sum(
+        (asked if key in experts else 1) * (m.in_features + m.out_features)
+        for key, m in model.block_linears(i).items()
+    )
+    backwards = traces_back(settings) or settings.tune > 0
+    running = running_bytes(settings, ceil(passing), backwards)
+    return running + (attention_bytes(settings, model) if backwards else 0)
 
 
 def running_bytes(settings: Settings, features: int, backwards: bool) -> int:
@@ -160,6 +252,16 @@ def running_bytes(settings: Settings, features: int, backwards: bool) -> int:
     tokens = max(BATCH_TOKENS, settings.cal_cols) * parallel.threads()
     tokens = min(tokens, settings.cal_rows * settings.cal_cols)
     return 4 * tokens * (3 if backwards else 2) * features
+
+
+def attention_bytes(settings: Settings, model: StreamedModel) -> int:
+    """Of the probabilities that attention keeps for gradients, as `attention_for_gradients` has it:
+    a kernel on the CPU keeps none."""
+    if model.device.type == "cpu":
+        return 0
+    config = model.config.get_text_config(decoder=True)
+    heads = getattr(config, "num_attention_heads", 0)
+    return 3 * 4 * heads * max(BATCH_TOKENS, settings.cal_cols) * settings.cal_cols
 
 
 def _known(settings: Settings, linears: list[nn.Linear], plain: list[nn.Linear]) -> int:
@@ -181,12 +283,15 @@ def _head_peak(settings: Settings, model: StreamedModel, plan: Plan) -> int:
 
 def _linear_peak(settings: Settings, linear: nn.Linear, head: bool = False) -> int:
     """Of quantize_linear: three and a half copies of the weight, six of a float64 Hessian; with a
-    target, and with an output-side Hessian, one more of the weight each."""
+    target, and with an output-side Hessian, one more of the weight each. A large head's
+    output-side Hessian is in blocks: a sum, its mean, and what every thread adds to it."""
     rows, columns = padded(linear.in_features), padded(linear.out_features)
     copies = 3.5 if settings.no_correction else 4.5
     outputs = 0
-    if settings.hessian == "kron" and not head:
-        copies, outputs = copies + 1, (2 * 8 + 2 * 4) * columns**2
+    if settings.hessian == "kron":
+        blocks = (2 + parallel.threads()) * 4 * HADAMARD * columns
+        whole = not head or linear.out_features <= WHOLE_HEAD
+        copies, outputs = copies + 1, (2 * 8 + 2 * 4) * columns**2 if whole else blocks
     return int(copies * 4 * rows * columns) + 6 * 8 * rows**2 + outputs
 
 

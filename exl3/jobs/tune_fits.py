@@ -97,7 +97,7 @@ class BlockFit:
             self.part,
             self.rows[picked],
             enter(self.states, picked),
-            lambda here, output: (output - target[here]) * scale,
+            lambda here, output: (output - target[here].to(output.device)) * scale,
         )
         return self.gains.join(found)
 
@@ -105,7 +105,7 @@ class BlockFit:
         self.part.set(self.gains.rounded(moved))
         target = self.target[picked]
         states = enter(self.states, picked)
-        output = run_block(self.model, self.i, self.rows[picked], states)
+        output = run_block(self.model, self.i, self.rows[picked], states).to(target.device)
         return _energy(output - target) / _energy(target)
 
 

@@ -9,9 +9,8 @@ from torch import nn
 from exl3 import parallel
 from exl3.format.directory import stored_dtype
 from exl3.format.layer import decode_layer
-from exl3.jobs.boundaries import TAIL_TOKENS
 from exl3.jobs.job import Job
-from exl3.jobs.streams import batches, enter
+from exl3.jobs.streams import TAIL_TOKENS, batches, enter, waves
 from exl3.model.streamed import TAIL, StreamedModel
 from exl3.model.tunable import Gradients, TunablePart
 from exl3.quant.tuning import divergence
@@ -120,8 +119,7 @@ def tail_pass(
         for row in range(len(ids))
         for start in range(0, ids.shape[1], TAIL_TOKENS)
     ]
-    for a in range(0, len(pieces), parallel.threads()):  # as many logits as run at the same time
-        wave = pieces[a : a + parallel.threads()]
+    for wave in waves(pieces):
         part.compute_original()
         expected = parallel.each(reference, wave)
         part.compute_tuned()

@@ -9,12 +9,20 @@ import torch
 from exl3 import parallel
 from exl3.errors import UserError
 from exl3.files import write_json
-from exl3.jobs.boundaries import BACK, TAIL_TOKENS
+from exl3.jobs.boundaries import BACK
 from exl3.jobs.job import TOKEN
 from exl3.jobs.plan import Plan
 from exl3.jobs.settings import Settings
 from exl3.jobs.source import Source
-from exl3.jobs.thrift import Thrift, memory_limit, resident_bytes, running_bytes, states_bytes
+from exl3.jobs.streams import TAIL_TOKENS
+from exl3.jobs.thrift import (
+    Thrift,
+    attention_bytes,
+    beside_model,
+    computing_room,
+    running_bytes,
+    states_bytes,
+)
 from exl3.jobs.workdir import WorkDir
 from exl3.model.streamed import StreamedModel
 from exl3.sensitivity import share_of_tokens
@@ -87,9 +95,11 @@ def tuning_way(
 def whole_tuning_bytes(
     settings: Settings, model: StreamedModel, plan: Plan, thrift: Thrift
 ) -> int | None:
-    """Memory of tuning the whole model, everything included; None if it is not to be tuned so."""
-    need = resident_bytes() + _whole_bytes(settings, model, plan, thrift)
-    return need if settings.tune and need <= memory_limit(settings) else None
+    """Memory of tuning the whole model where it computes, everything included; None if it is not
+    to be tuned so."""
+    taken, limit = computing_room(settings, model)
+    need = taken + _whole_bytes(settings, model, plan, thrift)
+    return need if settings.tune and need <= limit else None
 
 
 def tuned_bytes(settings: Settings, model: StreamedModel) -> int:
@@ -97,10 +107,7 @@ def tuned_bytes(settings: Settings, model: StreamedModel) -> int:
 
     Norms are left out: they are few.
     """
-    linears = [
-        linear for i in range(model.num_blocks) for linear in model.block_linears(i).values()
-    ]
-    gains = sum(m.in_features + m.out_features for m in (*linears, model.head()[1]))
+    gains = sum(m.in_features + m.out_features for m in model.linears().values())
     return gains * (2 * 4 * 4 + 2) if settings.tune else 0
 
 
@@ -113,10 +120,12 @@ def _whole_bytes(settings: Settings, model: StreamedModel, plan: Plan, thrift: T
     hidden = model.config.get_text_config(decoder=True).hidden_size
     step, held = (max(n, 2 * settings.cal_cols) for n in (STEP_TOKENS, HELD_TOKENS))
     kept = 4 * hidden * max((model.num_blocks + 3) * step, 3 * held)  # what enters the blocks
-    kept += 0 if thrift.spill else states_bytes(settings, model, settings.cal_rows)
+    states = states_bytes(settings, model, settings.cal_rows)
+    kept += states if beside_model(model, thrift) else 0
     passing = max(_features(model, i) for i in range(model.num_blocks))
     logits = LOGITS * 4 * TAIL_TOKENS * parallel.threads() * head.out_features
-    return weights + max(*blocks, kept + max(running_bytes(settings, passing, True), logits))
+    running = running_bytes(settings, passing, True) + attention_bytes(settings, model)
+    return weights + max(*blocks, kept + max(running, logits))
 
 
 def tuning_cost(settings: Settings, source: Source, plan: Plan) -> float:
@@ -134,11 +143,9 @@ def _bytes(model: StreamedModel, keys: list[str]) -> int:
 
 def _features(model: StreamedModel, i: int) -> int:
     """Values of a token at the linears of block i; at experts, as many as are used on average."""
-    linears = model.block_linears(i).values()
-    own = [m for experts in model.block_experts(i).values() for m in experts.modules()]
-    experts = {id(m) for m in own}
+    experts = model.expert_linears(i)
     used = share_of_tokens(model.config.get_text_config(decoder=True))
     return sum(
-        int((m.in_features + m.out_features) * (used if id(m) in experts else 1)) + 1
-        for m in linears
+        int((m.in_features + m.out_features) * (used if key in experts else 1)) + 1
+        for key, m in model.block_linears(i).items()
     )

@@ -4,6 +4,7 @@ job.json               the settings
 calibration.safetensors  the calibration rows
 identity.json          hashes of source and rows: what the job works on
 layers/KEY.safetensors one finished linear
+gradients/             what `exl3.jobs.boundaries` keeps, until the quant is written
 states.safetensors     the hidden states that enter a block, and which block
 experts/NAME.json      how many tokens routing sent to each expert
 tuned/way.json         how the job tunes
@@ -16,12 +17,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from exl3.errors import UserError
-from exl3.files import take_lock, write_json
+from exl3.files import PARTIAL, take_lock, write_json
 from exl3.jobs.streams import Streams
-from exl3.tensor_files import LazyTensor, write_safetensors
+from exl3.tensor_files import LazyTensor, opened, write_safetensors
+
+WAY_OUT = "delete it and resume the job"  # of damaged files
+
+BACKEND = "trellis search"  # the part of the identity that tells what computes
 
 
 class WorkDir:
@@ -52,11 +56,26 @@ class WorkDir:
         except (ValueError, TypeError):
             raise UserError(f"{path} is damaged; start afresh in another work folder") from None
         changed = [k for k in identity if before.get(k) != identity[k]]
+        if changed == [BACKEND] and not self._has_results():
+            return write_json(path, identity)
+        if changed == [BACKEND] and "GPU" in (before[BACKEND], identity[BACKEND]):
+            began, way = "a GPU", "with a GPU (-d 0)"
+            if identity[BACKEND] == "GPU":
+                began, way = "the CPU", "there (-d cpu)"
+            raise UserError(
+                f"the job in {self.path} began on {began}, and another device would end in other "
+                f"bytes; go on {way}, or start afresh in another work folder"
+            )
         if changed:
             raise UserError(
                 f"the {' and the '.join(changed)} changed since the job in {self.path} began; "
                 f"start afresh in another work folder"
             )
+
+    def _has_results(self) -> bool:
+        """Whether anything has been computed."""
+        patterns = ("layers/*", "states.safetensors", "gradients/*", "sensitivities.json")
+        return any(any(self.path.glob(pattern)) for pattern in patterns)
 
     # Calibration rows
 
@@ -90,6 +109,20 @@ class WorkDir:
             [LazyTensor.of(name, t) for name, t in sorted(tensors.items())],
             {"report": json.dumps(report)},
         )
+
+    # The original's gradients
+
+    @property
+    def gradients(self) -> Path:
+        return self.path / "gradients"
+
+    def drop_gradients(self) -> None:
+        """Gives back their room on the disk."""
+        for ending in ("", PARTIAL):
+            for path in self.gradients.glob(f"*.safetensors{ending}"):
+                path.unlink()
+        if self.gradients.is_dir() and not any(self.gradients.iterdir()):
+            self.gradients.rmdir()
 
     # Tokens that routing sent to experts
 
@@ -138,9 +171,6 @@ class WorkDir:
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]] | None:
     if not path.is_file():
         return None
-    try:
-        with safe_open(path, "pt") as file:
-            content = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
-            return content, file.metadata() or {}
-    except SafetensorError as error:
-        raise UserError(f"{path} is damaged ({error}); delete it and resume the job") from None
+    with opened(path, WAY_OUT) as file:
+        content = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+        return content, file.metadata() or {}

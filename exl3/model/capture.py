@@ -1,16 +1,18 @@
 """What enters a block's linears, in the order of the block's own data flow."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from exl3.errors import JobError
-from exl3.model.streamed import Stop, StreamedModel
+from exl3.model.hooks import Hooks
+from exl3.model.run import Stop
+from exl3.model.streamed import StreamedModel
 
 
 @dataclass
@@ -21,7 +23,7 @@ class Captured:
     inputs: torch.Tensor
 
 
-class Capture:
+class Capture(Hooks):
     """Runs block i and keeps what enters its linears, for one sweep over many rows.
 
     linears: name → module of block i, as `model.block_linears(i)` gives them. The hooks are there
@@ -31,21 +33,10 @@ class Capture:
     def __init__(self, model: StreamedModel, i: int, linears: dict[str, nn.Linear]):
         self.model, self.i, self.linears = model, i, linears
         self._local = _Local()
-        self._hooks: list[Any] = []
 
-    def __enter__(self) -> "Capture":
+    def _register(self) -> Iterator[RemovableHandle]:
         for name, linear in self.linears.items():
-            self._hooks.append(linear.register_forward_pre_hook(self._keep(name)))
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        while self._hooks:
-            self._hooks.pop().remove()
+            yield linear.register_forward_pre_hook(self._keep(name))
 
     def _keep(self, name: str) -> Any:
         def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -102,7 +93,7 @@ def _tokens(seen: list[_Seen]) -> torch.Tensor:
     return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
-class Taps:
+class Taps(Hooks):
     """Runs block i up to one of its modules and tells what went into some of them on the way.
 
     modules: of the block, the last of which is where the run ends. The hooks are there inside the
@@ -112,16 +103,10 @@ class Taps:
     def __init__(self, model: StreamedModel, i: int, modules: Sequence[nn.Module]):
         self.model, self.i, self.modules = model, i, modules
         self._local = _LocalTaps()
-        self._hooks: list[Any] = []
 
-    def __enter__(self) -> "Taps":
+    def _register(self) -> Iterator[RemovableHandle]:
         for n, module in enumerate(self.modules):
-            self._hooks.append(module.register_forward_pre_hook(self._tap(n), with_kwargs=True))
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        while self._hooks:
-            self._hooks.pop().remove()
+            yield module.register_forward_pre_hook(self._tap(n), with_kwargs=True)
 
     def _tap(self, n: int) -> Any:
         def tap(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

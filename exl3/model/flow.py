@@ -1,12 +1,15 @@
 """The order in which data passes through a block, found by watching one forward of it."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from exl3.model.capture import Capture, first_tensor
+from exl3.model.hooks import Hooks
 from exl3.model.streamed import StreamedModel
 
 MOST_WRITERS = 3  # that write to the residual stream at once (parallel attention and MLP; experts)
@@ -102,25 +105,18 @@ class _Event:
     written: bool  # the output of a linear or of experts
 
 
-class _Watch:
+class _Watch(Hooks):
     """Notes what goes into the modules of a block and what comes out of its linears."""
 
     def __init__(self, block: nn.Module, watched: dict[str, nn.Module]):
         self.block, self.watched = block, watched
         self.events: list[_Event] = []
-        self._hooks: list[Any] = []
 
-    def __enter__(self) -> "_Watch":
+    def _register(self) -> Iterator[RemovableHandle]:
         for name, module in self.block.named_modules():
-            hook = module.register_forward_pre_hook(self._enters(name), with_kwargs=True)
-            self._hooks.append(hook)
+            yield module.register_forward_pre_hook(self._enters(name), with_kwargs=True)
         for name, module in self.watched.items():
-            self._hooks.append(module.register_forward_hook(self._leaves(name)))
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
+            yield module.register_forward_hook(self._leaves(name))
 
     def _enters(self, name: str) -> Any:
         def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

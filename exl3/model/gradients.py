@@ -7,11 +7,15 @@ YAQA, arXiv 2505.22988).
 
 import threading
 import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
+from exl3.model.hooks import Hooks
 from exl3.model.streamed import StreamedModel
 
 
@@ -41,7 +45,8 @@ def tail_gradient(
     entered, logits = model.tail_graph(input_ids, state.to(model.dtype))
     error = logits.detach()[0].float().softmax(-1)
     targets = sample_targets(error, uniforms)
-    error[torch.arange(len(targets)), targets] -= 1  # softmax - one-hot: the loss's own gradient
+    each = torch.arange(len(targets), device=error.device)
+    error[each, targets] -= 1  # softmax - one-hot: the loss's own gradient
     return torch.autograd.grad(logits, entered, error[None].to(logits.dtype))[0]
 
 
@@ -61,8 +66,19 @@ def block_gradient(
     return torch.autograd.grad(output, entered, gradient.to(output))[0]
 
 
-class OutputGradients:
-    """Runs block i forwards and backwards and keeps the gradients at its linears' outputs.
+@dataclass
+class Passed:
+    """What passed through a block and its linears, forwards and backwards; name → every call's
+    tokens. Calls that the block's output does not depend on are left out."""
+
+    entering: torch.Tensor  # the gradient at what enters the block, (rows, cols, hidden)
+    inputs: dict[str, torch.Tensor]  # (tokens, in_features)
+    gradients: dict[str, torch.Tensor]  # at the linear's output, (tokens, out_features)
+
+
+class OutputGradients(Hooks):
+    """Runs block i forwards and backwards and keeps what enters its linears, and the gradients at
+    their outputs.
 
     linears: name → module of block i, as `model.block_linears(i)` gives them. The hooks are there
     inside the `with` only; `run` may be called from several threads at once.
@@ -71,48 +87,54 @@ class OutputGradients:
     def __init__(self, model: StreamedModel, i: int, linears: dict[str, nn.Linear]):
         self.model, self.i, self.linears = model, i, linears
         self._local = _Local()
-        self._hooks: list[Any] = []
 
-    def __enter__(self) -> "OutputGradients":
+    def _register(self) -> Iterator[RemovableHandle]:
         for name, linear in self.linears.items():
-            self._hooks.append(linear.register_forward_hook(self._keep(name)))
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        while self._hooks:
-            self._hooks.pop().remove()
+            yield linear.register_forward_hook(self._keep(name))
 
     def _keep(self, name: str) -> Any:
         def keep(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
             if self._local.calls is None or not output.requires_grad:
                 return
-            call: list[torch.Tensor] = []  # in the order of the forward; filled by the backward
+            call = _Call(args[0].detach())  # in the order of the forward
             self._local.calls.setdefault(name, []).append(call)
             # Registered on the tensor now, it gets the gradient of what the linear gave, even if
             # that is overwritten later.
-            output.register_hook(call.append)
+            output.register_hook(call.gradients.append)
 
         return keep
 
     def run(
         self, input_ids: torch.Tensor, state: torch.Tensor | None, gradient: torch.Tensor
-    ) -> dict[str, torch.Tensor]:
-        """Gradients at the linears' outputs: name → (tokens, out_features), every call's tokens.
-
-        Arguments as for `block_gradient`. Calls that the block's output does not depend on are
-        left out; a linear of which that is true of all is not in it.
-        """
+    ) -> Passed:
+        """Arguments as for `block_gradient`."""
         calls = self._local.calls = {}
         try:
-            block_gradient(self.model, self.i, input_ids, state, gradient)
+            entering = block_gradient(self.model, self.i, input_ids, state, gradient)
         finally:
             self._local.calls = None
-        found = {
-            name: [d.reshape(-1, d.shape[-1]) for call in of for d in call]
-            for name, of in calls.items()
-        }
-        return {name: ds[0] if len(ds) == 1 else torch.cat(ds) for name, ds in found.items() if ds}
+        met = {name: [c for c in of if c.gradients] for name, of in calls.items()}
+        met = {name: of for name, of in met.items() if of}
+        return Passed(
+            entering,
+            {name: _tokens([c.inputs for c in of]) for name, of in met.items()},
+            {name: _tokens([d for c in of for d in c.gradients]) for name, of in met.items()},
+        )
+
+
+@dataclass
+class _Call:
+    """Of a linear; the backward fills in the gradient, the only one."""
+
+    inputs: torch.Tensor
+    gradients: list[torch.Tensor] = field(default_factory=list)
+
+
+def _tokens(calls: list[torch.Tensor]) -> torch.Tensor:
+    """(tokens, features): all calls, one after another."""
+    rows = [x.reshape(-1, x.shape[-1]) for x in calls]
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
 class _Local(threading.local):
-    calls: dict[str, list[list[torch.Tensor]]] | None = None
+    calls: dict[str, list[_Call]] | None = None

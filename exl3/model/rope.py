@@ -10,10 +10,12 @@ from exl3.errors import UserError
 
 @dataclass(frozen=True)
 class Rope:
-    """What is changed. alpha: NTK-aware factor on the base; scale: positions are divided by it."""
+    """What is changed. alpha: NTK-aware factor on the base; scale: positions are divided by it;
+    like: `rope_parameters` of a quant, which are taken over as they are."""
 
     alpha: float | None = None
     scale: float | None = None
+    like: dict[str, Any] | None = None
 
     def parameters(self, config: Any) -> dict[str, Any] | None:
         """The changed `rope_parameters` of a transformers text config; None if nothing changes.
@@ -21,9 +23,11 @@ class Rope:
         NTK-aware scaling raises the base to base * alpha^(d / (d - 2)) for heads of d.
         UserError for a model that has no such parameters, or its own kind of scaling.
         """
+        found = getattr(config, "rope_parameters", None)
+        if self.like is not None:
+            return _taken_over(self.like, found)
         if self.alpha is None and self.scale is None:
             return None
-        found = getattr(config, "rope_parameters", None)
         if not isinstance(found, dict) or "rope_theta" not in found:
             raise UserError("-ra and -rs: this model has no single rotary base to change")
         changed = dict(found)
@@ -39,6 +43,17 @@ class Rope:
                 )
             changed |= {"rope_type": "linear", "factor": self.scale}
         return changed
+
+
+def _taken_over(like: dict[str, Any], found: Any) -> dict[str, Any] | None:
+    if like == found:
+        return None
+    if not isinstance(found, dict) or "rope_theta" not in found or "rope_theta" not in like:
+        raise UserError(
+            "the quant's rotary embeddings are of another kind than the original's; give the "
+            "original that it was made from"
+        )
+    return copy.deepcopy(like)
 
 
 def with_rope(raw: dict[str, Any], changed: dict[str, Any] | None) -> dict[str, Any]:

@@ -6,7 +6,6 @@ model there. This module and `skeleton.py` alone use transformers' internals.
 """
 
 import copy
-import threading
 from collections.abc import MutableMapping
 from dataclasses import dataclass
 from functools import wraps
@@ -19,10 +18,12 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
+from exl3.devices import attention_for_gradients
 from exl3.errors import UserError
 from exl3.memory import return_large
 from exl3.model.checkpoint import Checkpoint, TensorSource
 from exl3.model.dequantized import dequantized
+from exl3.model.exl3_linear import LayerSource, pack_linear, unpack_linear
 from exl3.model.experts import (
     ExpertCheckpoint,
     LinearExperts,
@@ -33,6 +34,7 @@ from exl3.model.experts import (
 )
 from exl3.model.fused import SplitCheckpoint, split_linears
 from exl3.model.rope import Rope
+from exl3.model.run import LocalRun, Run, Stop, WrongForm
 from exl3.model.skeleton import (
     check_block_count,
     expert_names,
@@ -58,8 +60,9 @@ class StreamedModel:
 
     path: the model's folder; checkpoint: where its tensors come from (default: that folder);
     dtype: what the weights become (default: what config.json says); rope: changes to the rotary
-    embeddings. Runs may be called from several threads at once; loading and freeing are for one
-    thread. Weights of a loaded part may be replaced (`linear.weight.data = ...`), modules may not.
+    embeddings; packed: a quant, whose linears run packed and have no weights. Runs may
+    be called from several threads at once; loading and freeing are for one thread. Weights of a
+    loaded part may be replaced (`linear.weight.data = ...`), modules may not.
 
     Raises UserError for a folder that is damaged, incomplete or of a kind not supported.
     """
@@ -74,6 +77,7 @@ class StreamedModel:
         attn_implementation: str | None = None,
         trust_remote_code: bool = False,
         rope: Rope | None = None,
+        packed: LayerSource | None = None,
     ):
         return_large()
         self.path = Path(path)
@@ -101,7 +105,9 @@ class StreamedModel:
         self._head_name, self._head = find_head(self._model, self.path)
         self._sort_tensors()
         self._loaded: set[Part] = set()
-        self._local = _Local()
+        self._layers = packed
+        self._packed = self._find_packed() if packed else {}
+        self._local = LocalRun()
         self._outputs = 0  # how many values a block returns in a tuple; 0: the bare tensor
         self._hook_up()
 
@@ -241,6 +247,17 @@ class StreamedModel:
                 linears[key.removesuffix(".weight")] = module
         return linears
 
+    def linears(self, head: bool = True) -> dict[str, nn.Linear]:
+        """`block_linears` of all blocks, in order; last the head, unless that is not wanted."""
+        blocks = (self.block_linears(i) for i in range(self.num_blocks))
+        linears = {key: linear for block in blocks for key, linear in block.items()}
+        return linears | dict([self.head()]) if head else linears
+
+    def expert_linears(self, i: int) -> dict[str, nn.Linear]:
+        """Those of `block_linears(i)` that are experts'."""
+        own = {m for experts in self.block_experts(i).values() for m in experts.modules()}
+        return {key: m for key, m in self.block_linears(i).items() if m in own}
+
     def block_experts(self, i: int) -> dict[str, LinearExperts]:
         """Block i's experts: path in the block → module."""
         modules = self._blocks[i].named_modules()
@@ -301,7 +318,8 @@ class StreamedModel:
             weight_mapping=copy.deepcopy(self._mapping),  # a converter remembers what it was given
             device_map={"": self.device},
         )
-        state = {key: _Lazy(self.checkpoint, key) for key in self._part_keys[part]}
+        keys = [key for key in self._part_keys[part] if key not in self._packed]
+        state = {key: _Lazy(self.checkpoint, key) for key in keys}
         with no_transformers_bar():
             info, _ = convert_and_load_state_dict_in_model(self._model, state, config, None)
         for name, shape, expected in info.mismatched_keys:
@@ -311,7 +329,9 @@ class StreamedModel:
             )
         for name, error in info.conversion_errors.items():
             raise UserError(f"{name} of {self.path} cannot be converted ({error}).")
-        names = self._names[part]
+        for key in self._packed.keys() & set(self._part_keys[part]):
+            pack_linear(self._packed[key], self._layers.layer(key), self.device)
+        names = [n for n in self._names[part] if self._keys.get(n) not in self._packed]
         for name in names:
             if name in self._twins and self._tensor(name).is_meta:
                 self._set(name, self._tensor(self._twins[name]))
@@ -320,8 +340,20 @@ class StreamedModel:
             self._tensor(name).requires_grad_(False)
         self._loaded.add(part)
 
+    def _find_packed(self) -> dict[str, nn.Linear]:
+        """The keys of quantized weights → their linears."""
+        packed = {}
+        for name, key in self._keys.items():
+            path, _, leaf = name.rpartition(".")
+            module = self._model.get_submodule(path)
+            if leaf == "weight" and type(module) is nn.Linear and self._layers.is_layer(key):
+                packed[key] = module
+        return packed
+
     def _free(self, part: Part) -> None:
         self._loaded.discard(part)
+        for key in self._packed.keys() & set(self._part_keys[part]):
+            unpack_linear(self._packed[key])
         for name in self._names[part]:
             tensor = self._tensor(name)
             empty = torch.empty_like(tensor, device="meta")
@@ -348,18 +380,19 @@ class StreamedModel:
         """
         if (state is None) != (i == 0):
             raise ValueError("block 0 takes no state, every other block takes its predecessor's")
-        return self._run_block(input_ids, _Run(stop=i, state=self._here(state)))
+        return self._run_block(input_ids, Run(stop=i, state=self._here(state)))
 
     def block_graph(
         self, i: int, input_ids: torch.Tensor, state: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What enters block i, and its output as autograd's function of that; both (rows, cols,
         hidden). Arguments as for `run_block`; weights take no gradient."""
-        run = _Run(stop=i, state=self._here(state), gradients=True)
-        output = self._run_block(input_ids, run)
+        run = Run(stop=i, state=self._here(state), gradients=True)
+        with attention_for_gradients(self.device):
+            output = self._run_block(input_ids, run)
         return run.entered, output
 
-    def _run_block(self, input_ids: torch.Tensor, run: "_Run") -> torch.Tensor:
+    def _run_block(self, input_ids: torch.Tensor, run: Run) -> torch.Tensor:
         output = self._drive(input_ids, run, run.stop)
         if isinstance(output, tuple):
             self._outputs = len(output)
@@ -368,7 +401,7 @@ class StreamedModel:
 
     def run_tail(self, input_ids: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
         """Logits (rows, cols, vocab) from the last block's output (rows, cols, hidden)."""
-        run = _Run(stop=self.num_blocks, state=self._here(state))
+        run = Run(stop=self.num_blocks, state=self._here(state))
         return self._drive(input_ids, run, TAIL).logits
 
     def tail_graph(
@@ -376,18 +409,18 @@ class StreamedModel:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The last block's output, and the logits as autograd's function of it."""
         entered = self._here(state).detach().requires_grad_()
-        run = _Run(stop=self.num_blocks, state=entered, gradients=True)
+        run = Run(stop=self.num_blocks, state=entered, gradients=True)
         return entered, self._drive(input_ids, run, TAIL).logits
 
     def run_norm(self, input_ids: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
         """What enters the head, (rows, cols, hidden), from the last block's output."""
-        run = _Run(stop=self.num_blocks, state=self._here(state), at_head=True)
+        run = Run(stop=self.num_blocks, state=self._here(state), at_head=True)
         return self._drive(input_ids, run, TAIL)
 
     def _here(self, state: torch.Tensor | None) -> torch.Tensor | None:
         return None if state is None else state.to(self.device)
 
-    def _drive(self, input_ids: torch.Tensor, run: "_Run", part: Part) -> Any:
+    def _drive(self, input_ids: torch.Tensor, run: Run, part: Part) -> Any:
         """Runs the stock forward as `run` says; returns what it was stopped with, or its output."""
         for needed in (EMBEDDING, part):
             if needed not in self._loaded:
@@ -402,7 +435,7 @@ class StreamedModel:
                     )
             except Stop as stop:
                 output = stop.value
-            except _WrongForm:
+            except WrongForm:
                 continue
             finally:
                 self._local.run = None
@@ -432,7 +465,7 @@ class StreamedModel:
             if i > 0:
                 hidden = args[0] if args else kwargs.get("hidden_states")
                 if not isinstance(hidden, torch.Tensor) or hidden.shape != run.state.shape:
-                    raise _WrongForm
+                    raise WrongForm
             if i < run.stop:
                 return (run.state, *[None] * (run.outputs - 1)) if run.outputs else run.state
             self._refuse_side_channels(kwargs)
@@ -449,44 +482,6 @@ class StreamedModel:
                     f"The blocks of {self.path} talk to each other through {name}; models of "
                     f"the type {self.config.model_type} are not supported yet."
                 )
-
-
-@dataclass
-class _Run:
-    """What the blocks shall do during one forward of one thread."""
-
-    stop: int  # blocks before this one give back `state`, this one runs and stops the model
-    state: torch.Tensor | None
-    at_head: bool = False  # stop where the head begins
-    outputs: int = 0  # blocks give back the bare state (0) or a tuple of so many values
-    gradients: bool = False  # autograd follows the part that runs
-    entered: torch.Tensor | None = None  # what entered the block, where autograd begins
-
-    def follow(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """A block's arguments with its input in autograd's sight."""
-        hidden = args[0] if args else kwargs["hidden_states"]
-        self.entered = hidden.detach().requires_grad_()
-        hidden = self.entered.clone()  # autograd's own beginnings may not be changed in place
-        if args:
-            return (hidden, *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": hidden}
-
-
-class _Local(threading.local):
-    run: _Run | None = None
-
-
-class Stop(Exception):
-    """Leaves the stock forward with a value."""
-
-    def __init__(self, value: Any):
-        self.value = value
-
-
-class _WrongForm(Exception):
-    """A block was not given the state that its predecessor gave back."""
 
 
 @dataclass(frozen=True)

@@ -25,12 +25,13 @@ class TunablePart:
         norm_weights: Mapping[str, torch.Tensor],
     ) -> None:
         self.leaves: dict[str, torch.Tensor] = {}
-        self._bases = {key: weight.float() for key, weight in norm_weights.items()}
+        device = next(linear.weight.device for linear in (*linears.values(), *norms.values()))
+        self._bases = {key: weight.float().to(device) for key, weight in norm_weights.items()}
         self._weights: list[tuple[nn.Module, nn.Parameter | None, nn.Parameter]] = []
         self._hooks: list[Any] = []
         self._tuned = True
         for key, linear in linears.items():
-            own = nn.Parameter(weights[key], requires_grad=False)
+            own = nn.Parameter(weights[key].to(device), requires_grad=False)
             self._weights.append((linear, linear.weight, own))
             self._hook(key, linear)
         for key, norm in norms.items():
@@ -40,7 +41,8 @@ class TunablePart:
 
     def _hook(self, key: str, linear: nn.Linear) -> None:
         u, v = (
-            torch.ones(n, requires_grad=True) for n in (linear.in_features, linear.out_features)
+            torch.ones(n, device=linear.weight.device, requires_grad=True)
+            for n in (linear.in_features, linear.out_features)
         )
         self.leaves |= {f"{key}.suh": u, f"{key}.svh": v}
 
@@ -80,7 +82,8 @@ class TunablePart:
     def set(self, gains: Mapping[str, torch.Tensor]) -> None:
         """Takes over the part's own of some gains."""
         for key, leaf in self.leaves.items():
-            leaf.data = gains[key] * self._bases[key] if key in self._bases else gains[key]
+            own = gains[key].to(leaf.device)
+            leaf.data = own * self._bases[key] if key in self._bases else own
 
     def gradients(
         self, output: torch.Tensor, entered: torch.Tensor, gradient: torch.Tensor
@@ -91,6 +94,7 @@ class TunablePart:
         called from several threads at once.
         """
         wanted = [entered, *self.leaves.values()]
+        gradient = gradient.to(output.device)
         first, *others = torch.autograd.grad(output, wanted, gradient, allow_unused=True)
         found = {}
         for key, g in zip(self.leaves, others, strict=True):

@@ -4,9 +4,13 @@ In a model that is quantized block by block, a layer's inputs are xq, not the xf
 original. W' is what maps xq to the original's outputs best, by ridge regression towards W.
 """
 
+from copy import copy
+from functools import partial
+
 import torch
 
 from exl3 import parallel
+from exl3.devices import SHORT, where_it_fits
 from exl3.quant.hessian import DAMPING, Hessian, cholesky_, damped, useless
 
 TOKENS_PER_INPUT = 1.0  # at which a Hessian of its own counts half in `trust`
@@ -50,12 +54,12 @@ class Moments:
         """
         if (residual is None) != (self._residual is None):
             raise ValueError("residuals must be given with all tokens or with none")
-        xq = xq.reshape(-1, xq.shape[-1]).float()
+        xq = xq.reshape(-1, xq.shape[-1]).to(self._shift)
         self.hessian.add(xq, weights)
-        left = xq if weights is None else xq * weights.reshape(-1, 1).float()
-        self._shift += parallel.matmul(left.T, xf.reshape(xq.shape).float() - xq)
+        left = xq if weights is None else xq * weights.reshape(-1, 1).to(xq)
+        self._shift += parallel.matmul(left.T, xf.reshape(xq.shape).to(xq) - xq)
         if residual is not None:
-            right = residual.reshape(-1, residual.shape[-1]).float()
+            right = residual.reshape(-1, residual.shape[-1]).to(xq)
             self._residual += parallel.matmul(left.T, right)
 
     def add_scaled(self, other: "Moments", factor: float) -> None:
@@ -90,13 +94,24 @@ class Correction:
             self.notes.append(f"{reason}: not corrected for earlier errors")
             return
         with parallel.one_thread_per_op():
-            for used, h in damped(hessian, damping):
-                if cholesky_(h):
-                    self._factor = h
-                    if used > damping:
-                        self.notes.append(f"the correction needed a damping of {used:g}")
-                    return
-        self.notes.append("the Hessian is not positive definite: not corrected for earlier errors")
+            found, where = where_it_fits(hessian.device, partial(_factor, hessian, damping))
+        if where != hessian.device:
+            self.notes.append(f"the correction is factored on the CPU: {SHORT}")
+        if found is None:
+            self.notes.append(
+                "the Hessian is not positive definite: not corrected for earlier errors"
+            )
+            return
+        used, factor = found
+        self._factor = factor.to(hessian.device)
+        if used > damping:
+            self.notes.append(f"the correction needed a damping of {used:g}")
+
+    def to(self, device: torch.device) -> "Correction":
+        """The same on another device, with the same list of notes."""
+        other = copy(self)
+        other._factor = None if self._factor is None else self._factor.to(device)
+        return other
 
     def target(
         self,
@@ -113,7 +128,7 @@ class Correction:
         weight = weight.detach().float()
         if self._factor is None:
             return weight
-        result = torch.empty(weight.shape)
+        result = torch.empty(weight.shape, device=weight.device)
 
         def solve(panel: slice) -> None:
             wanted = (shift @ weight[:, panel]).double()
@@ -130,6 +145,16 @@ class Correction:
             self.notes.append("moments with non-finite values: not corrected for earlier errors")
             return weight
         return result
+
+
+def _factor(
+    hessian: torch.Tensor, damping: float, device: torch.device
+) -> tuple[float, torch.Tensor] | None:
+    """The damping it took and C of H = C C^T, float64; None if H is not positive definite."""
+    for used, h in damped(hessian.to(device), damping):
+        if cholesky_(h):
+            return used, h
+    return None
 
 
 def corrected_weight(

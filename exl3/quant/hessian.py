@@ -23,15 +23,15 @@ class Hessian:
         self.weight = 0.0  # of all tokens
 
     def add(self, x: torch.Tensor, weights: torch.Tensor | None = None) -> None:
-        """Adds the inputs x (tokens, features) of a layer.
+        """Adds the inputs x (tokens, features) of a layer, from any device.
 
         weights: how much each token counts, (tokens,), not negative; None: one each.
         """
-        x = x.reshape(-1, x.shape[-1]).float()
+        x = x.reshape(-1, x.shape[-1]).to(self._sum)
         self.tokens += x.shape[0]
         self.weight += x.shape[0] if weights is None else float(weights.double().sum())
         if weights is not None:
-            x = x * weights.reshape(-1, 1).float().sqrt()
+            x = x * weights.reshape(-1, 1).to(self._sum).sqrt()
         _add_gram(self._sum, x)
 
     def add_scaled(self, other: "Hessian", factor: float) -> None:

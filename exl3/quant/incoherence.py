@@ -46,7 +46,7 @@ def regularize(
     Channels that are all zero get the scale zero, so that they are decoded to exact zeros.
     """
     rows, columns = weight.shape
-    sign_in, sign_out = _signs(rows, generator), _signs(columns, generator)
+    sign_in, sign_out = (_signs(n, generator).to(weight.device) for n in (rows, columns))
     out = _rms(weight, 0)
     if not out_scales:
         out = (out > 0).float() * out.square().mean().sqrt()
@@ -100,7 +100,7 @@ def _rms(x: torch.Tensor, dim: int) -> torch.Tensor:
 
 def _mean_of_positive(x: torch.Tensor) -> torch.Tensor:
     positive = x[x > 0]
-    return positive.mean() if positive.numel() else torch.ones((), dtype=x.dtype)
+    return positive.mean() if positive.numel() else x.new_ones(())
 
 
 def _inverse(x: torch.Tensor) -> torch.Tensor:

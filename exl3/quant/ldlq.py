@@ -26,7 +26,8 @@ def ldlq(inner: torch.Tensor, factor: torch.Tensor, bits: int, codebook: str) ->
     Returns the states, int16 (in/16, out/16, 256).
     """
     rows, columns = inner.shape
-    states = torch.empty(rows // TILE, columns // TILE, LENGTH, dtype=torch.int16)
+    shape = (rows // TILE, columns // TILE, LENGTH)
+    states = torch.empty(shape, dtype=torch.int16, device=inner.device)
     for top in reversed(range(0, rows, GROUP)):
         end = min(top + GROUP, rows)
         feedback = parallel.matmul(factor[end:, top:end].T, inner[end:])

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from exl3 import parallel
+from exl3.devices import SHORT, where_it_fits
 from exl3.errors import JobError, UserError
 from exl3.format.codebook import CODEBOOKS
 from exl3.format.hadamard import HADAMARD
@@ -81,8 +82,10 @@ def quantize_linear(
     """
     _check(weight, hessian, bits, codebook, out_scales, name)
     _check_extras(weight, target, output_hessian, name)
-    with parallel.one_thread_per_op():
-        wanted = (weight if target is None else target).detach().float().cpu()
+    device = weight.device
+    with parallel.one_thread_per_op(), parallel.work_on(device):
+        wanted = (weight if target is None else target).detach().float()
+        hessian = None if hessian is None else hessian.to(device)
         regular, scale, error = _scaled(_padded(wanted), bits, codebook, seed, out_scales)
         feedback, notes = _feedback(hessian, regular.input_scales)
         if feedback is not None:
@@ -239,14 +242,11 @@ def _feedback(
         return None, [f"{reason}: rounded without error feedback"]
     if not input_scales.any():
         return None, []  # nothing but zeros
-    for damping, h in damped(hessian.cpu()):
-        h = transform_hessian(_padded_hessian(h, input_scales.shape[0]), input_scales)
-        factor = block_ldl(h)
-        if factor is not None:
-            extra = damping > DAMPING
-            notes = [f"the Hessian needed a damping of {damping:g}"] if extra else []
-            return _Feedback(factor.float(), h.float()), notes
-    return None, ["the Hessian is not positive definite: rounded without error feedback"]
+    found, notes = _factored("the Hessian", hessian, input_scales, DAMPING)
+    if found is None:
+        notes.append("the Hessian is not positive definite: rounded without error feedback")
+        return None, notes
+    return _Feedback(found.factor, found.hessian), notes
 
 
 def _add_outputs(
@@ -258,21 +258,60 @@ def _add_outputs(
         return []
     if reason := useless(hessian):
         return [f"outputs with {reason}: errors fed back by inputs only"]
-    for used, h in damped(hessian.cpu(), damping):
-        h = transform_hessian(_padded_hessian(h, svh.shape[0]), svh)
-        factor = block_ldl(h)
-        del h  # 1.6 GB for 14336 outputs
-        if factor is not None:
-            feedback.factor_out = factor.float()
-            return [f"the outputs' Hessian needed a damping of {used:g}"] if used > damping else []
-    return ["the outputs' Hessian is not positive definite: errors fed back by inputs only"]
+    found, notes = _factored("the outputs' Hessian", hessian, svh, damping, keep=False)
+    if found is None:
+        notes.append(
+            "the outputs' Hessian is not positive definite: errors fed back by inputs only"
+        )
+    else:
+        feedback.factor_out = found.factor
+    return notes
+
+
+@dataclass
+class _Factored:
+    """L of a transformed Hessian, float32, and that Hessian."""
+
+    factor: torch.Tensor
+    hessian: torch.Tensor | None  # float32; None where it is not kept
+    damping: float  # that it took
+
+
+def _factored(
+    name: str, hessian: torch.Tensor, scales: torch.Tensor, damping: float, keep: bool = True
+) -> tuple[_Factored | None, list[str]]:
+    """A Hessian as W_inner under these scales feels it, and its L, on the scales' device; None if
+    it is not positive definite. And notes. Where a GPU has no room, the CPU works.
+
+    keep: the transformed Hessian is wanted too.
+    """
+
+    def on(device: torch.device) -> _Factored | None:
+        for used, h in damped(hessian.to(device), damping):
+            h = transform_hessian(_padded_hessian(h, scales.shape[0]), scales.to(device))
+            factor = block_ldl(h)
+            kept = h.float() if keep and factor is not None else None
+            del h  # 1.6 GB for 14336 channels
+            if factor is not None:
+                return _Factored(factor.float(), kept, used)
+        return None
+
+    found, where = where_it_fits(scales.device, on)
+    notes = [] if where == scales.device else [f"{name} is factored on the CPU: {SHORT}"]
+    if found is not None:
+        found.factor = found.factor.to(scales.device)
+        found.hessian = found.hessian.to(scales.device) if keep else None
+        if found.damping > damping:
+            notes.append(f"{name} needed a damping of {found.damping:g}")
+    return found, notes
 
 
 def _factors_of_blocks(hessian: torch.Tensor, svh: torch.Tensor, damping: float) -> torch.Tensor:
     """L of every block of a block diagonal H_out, (blocks, 128, 128) both; the identity for blocks
     that tell nothing."""
-    factors = torch.eye(HADAMARD).repeat(len(hessian), 1, 1)
-    for factor, h, scales in zip(factors, hessian.cpu(), svh.split(HADAMARD), strict=True):
+    factors = torch.eye(HADAMARD, device=svh.device).repeat(len(hessian), 1, 1)
+    hessian = hessian.to(svh.device)
+    for factor, h, scales in zip(factors, hessian, svh.split(HADAMARD), strict=True):
         if useless(h):
             continue
         for _, raised in damped(h, damping):

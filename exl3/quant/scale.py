@@ -83,7 +83,7 @@ def _energy_of_inverse(factor: torch.Tensor) -> float:
     (blocks, n, n) all together."""
     generator = torch.Generator().manual_seed(0)
     signs = torch.randint(0, 2, (*factor.shape[:-1], PROBES), generator=generator).float() * 2 - 1
-    found = torch.linalg.solve_triangular(factor, signs, upper=False)
+    found = torch.linalg.solve_triangular(factor, signs.to(factor.device), upper=False)
     return float(found.double().square().mean())
 
 

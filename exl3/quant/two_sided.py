@@ -32,7 +32,8 @@ def two_sided_ldlq(
     Takes one more matrix like inner. Returns the states, int16 (in/16, out/16, 256).
     """
     rows, columns = inner.shape
-    states = torch.empty(rows // TILE, columns // TILE, LENGTH, dtype=torch.int16)
+    shape = (rows // TILE, columns // TILE, LENGTH)
+    states = torch.empty(shape, dtype=torch.int16, device=inner.device)
     fed_back = torch.empty_like(inner)  # F
     independent = factor_out.dim() == 3
     for corners in (_rows if independent else _anti_diagonals)(rows, columns):
@@ -78,7 +79,7 @@ class _Squares:
         def from_outside(corner: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
             (a, c), b, d = corner, corner[0] + SQUARE, corner[1] + SQUARE
             if factor_out.dim() == 3:
-                across = torch.zeros(SQUARE, SQUARE)
+                across = inner.new_zeros(SQUARE, SQUARE)
             else:
                 across = inner[a:b, d:] @ factor_out[d:, c:d]
             return across, factor_in[b:, a:b].T @ fed_back[b:, c:d]
@@ -94,9 +95,10 @@ class _Squares:
         else:
             own = [factor_out[_square((c, c))] for c in outs]
         self.factor_out = _columns(own).flip(0)
-        self.error = torch.zeros(SIDE, len(corners), TILE, SQUARE)
-        self.fed_back = torch.zeros(SIDE, len(corners), SQUARE, TILE)
-        self.states = torch.empty(SIDE, SIDE, len(corners), LENGTH, dtype=torch.int16)
+        n = len(corners)
+        self.error = inner.new_zeros(SIDE, n, TILE, SQUARE)
+        self.fed_back = inner.new_zeros(SIDE, n, SQUARE, TILE)
+        self.states = inner.new_empty(SIDE, SIDE, n, LENGTH, dtype=torch.int16)
 
     def encode(self, bits: int, codebook: str) -> None:
         """Encodes all tiles, those of one anti-diagonal of every square together."""
@@ -106,14 +108,14 @@ class _Squares:
             first, last = max(0, s - SIDE + 1), min(SIDE - 1, s)
             rows = slice(first, last + 1)
             columns = slice(SIDE - 1 - s + first, SIDE - s + last)
-            i = torch.arange(first, last + 1)
-            j = s - i
-            weight = self.weight[i, j]
-            across = self.across[i, j] + self.error[rows] @ self.factor_out[columns]
-            down = self.down[i, j] + self.factor_in[rows] @ self.fed_back[columns]
-            values, self.states[i, j] = _encoded(weight + across + down, bits, codebook)
-            errors[i, j] = weight - values
-            fed_back[i, SIDE - 1 - j] = weight - values + across
+            weight = _anti_diagonal(self.weight, s)
+            across = _anti_diagonal(self.across, s) + self.error[rows] @ self.factor_out[columns]
+            down = _anti_diagonal(self.down, s) + self.factor_in[rows] @ self.fed_back[columns]
+            values, states = _encoded(weight + across + down, bits, codebook)
+            _anti_diagonal(self.states, s).copy_(states)
+            _anti_diagonal(errors, s).copy_(weight - values)
+            # Columns of tiles stand in reverse there.
+            fed_back.diagonal(SIDE - 1 - s).movedim(-1, 0).copy_(weight - values + across)
 
     def store(self, inner: torch.Tensor, fed_back: torch.Tensor, states: torch.Tensor) -> None:
         """Puts errors in inner's place, F in fed_back's, and states."""
@@ -123,6 +125,15 @@ class _Squares:
             fed_back[_square(corner)] = own[:, n].transpose(0, 1).flatten(1)
             i, j = corner[0] // TILE, corner[1] // TILE
             states[i : i + SIDE, j : j + SIDE] = self.states[:, :, n]
+
+
+def _anti_diagonal(x: torch.Tensor, s: int) -> torch.Tensor:
+    """x[i, s - i] for all i of x (8, 8, ...), as a view: indices would be sent to a GPU each time,
+    which waits for them."""
+    first, last = max(0, s - SIDE + 1), min(SIDE - 1, s)
+    down, across, *rest = x.stride()
+    begin = x.storage_offset() + first * down + (s - first) * across
+    return x.as_strided((last - first + 1, *x.shape[2:]), (down - across, *rest), begin)
 
 
 def _square(corner: tuple[int, int]) -> tuple[slice, slice]:
