@@ -4,6 +4,7 @@ A command is a module with `main(argv, prog)`. It is imported only when it is ca
 what is heavy only when its arguments are read, so that --help answers at once.
 """
 
+import os
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -47,6 +48,10 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(name: str, argv: list[str] | None = None, prog: str | None = None) -> None:
     """Runs a command by its name; argv and prog: those of this process unless given."""
+
+    # Before torch is there: threads that wait for each other must not keep a busy machine's cores
+    # from those they wait for (training took hours instead of minutes beside two other jobs).
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
     def command() -> None:
         import_module(COMMANDS[name][0]).main(argv, prog)
