@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from exl3.errors import UserError
 from exl3.jobs.boundaries import Boundaries, boundary_gradients, boundary_work
 from exl3.jobs.sensitivities import NAME, Sensitivities
+from exl3.jobs.survey import Survey
 from exl3.model.streamed import StreamedModel
 from exl3.progress import Progress
 from exl3.sensitivity import channel_scales, rounding_kld
@@ -21,7 +22,7 @@ def sensitivities(folder, model, rows, **how) -> Sensitivities:
     boundaries = Boundaries(folder, model, rows, 0)
     found = Sensitivities(folder, boundaries.identity, model.num_blocks)
     model.load_embedding()
-    boundary_gradients(model, boundaries, sensitivities=found, **how)
+    boundary_gradients(model, boundaries, survey=Survey(found, rows.numel()), **how)
     return found
 
 

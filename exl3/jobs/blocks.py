@@ -69,8 +69,8 @@ def convert_block(job: Job, i: int, streams: Streams) -> None:
 def _output_hessians(
     job: Job, block: Block, finished: set[str]
 ) -> dict[str, OutputHessian | SavedHessian]:
-    """Of the linears that are not finished, as far as they are wanted; those of an earlier job
-    with the same rows where --save_hessians has them."""
+    """Of the linears that are not finished, as far as they are wanted; those that the backward pass
+    has kept, or an earlier job with the same rows where --save_hessians has them."""
     missing = {
         key: linear
         for key, linear in block.linears.items()
@@ -78,15 +78,15 @@ def _output_hessians(
     }
     if job.boundaries is None or not missing:
         return {}
-    folder, identity = job.settings.save_hessians, job.boundaries.identity
-    saved = load_output_hessians(folder, missing, identity) if folder else {}
+    identity, shared = job.boundaries.identity, job.settings.save_hessians
+    saved = load_output_hessians(shared or job.boundaries.folder, missing, identity)
     missing = {key: linear for key, linear in missing.items() if key not in saved}
     if not missing:
         return saved
     job.progress.doing(f"{block.name}, gradients")
     found = block_output_hessians(block.model, block.i, missing, job.boundaries)
-    if folder:
-        save_output_hessians(folder, found, identity)
+    if shared:
+        save_output_hessians(shared, found, identity)
     return saved | found
 
 

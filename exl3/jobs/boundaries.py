@@ -9,7 +9,7 @@ import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -17,13 +17,11 @@ from torch import nn
 from exl3 import parallel
 from exl3.data.rows import rows_hash
 from exl3.errors import JobError, UserError
-from exl3.jobs.sensitivities import Sensitivities
-from exl3.jobs.streams import TAIL_TOKENS, batches, run_block
-from exl3.model.gradients import OutputGradients, tail_gradient, token_uniforms
+from exl3.jobs.streams import TAIL_TOKENS, batches, run_block, waves
+from exl3.model.gradients import OutputGradients, Passed, tail_gradient, token_uniforms
 from exl3.model.streamed import StreamedModel
 from exl3.progress import Progress
 from exl3.quant.linear import refuse_non_finite
-from exl3.sensitivity import channel_scales, rounding_kld
 from exl3.tensor_files import LazyTensor, opened, write_safetensors
 
 BACK = 2.2  # times a forward: that again, and the gradient of what enters, not of weights
@@ -31,6 +29,23 @@ BACK = 2.2  # times a forward: that again, and the gradient of what enters, not 
 WAY_OUT = "delete it and try again"  # of damaged files
 
 STATE, GRADIENT = "state", "gradient"  # that enters a block; at a block's output
+
+
+class Survey(Protocol):
+    """Somebody who looks at the linears of the blocks while the gradients pass, from the last block
+    to the first."""
+
+    def has(self, i: int) -> bool:
+        """Whether it has seen block i."""
+
+    def begin(self, linears: dict[str, nn.Linear]) -> None:
+        """The linears of the next block, key → module."""
+
+    def add(self, passed: Passed) -> None:
+        """What passed through them, some rows after the other."""
+
+    def save(self, i: int) -> None:
+        """That was block i."""
 
 
 class Boundaries:
@@ -122,9 +137,9 @@ def boundary_gradients(
     model: StreamedModel,
     boundaries: Boundaries,
     progress: Progress | None = None,
-    sensitivities: Sensitivities | None = None,
+    survey: Survey | None = None,
 ) -> None:
-    """Fills the folder with what is missing there, and sensitivities if they are wanted; the
+    """Fills the folder with what is missing there, and shows a survey what it wants to see; the
     embedding is loaded.
 
     The loss is the cross-entropy, summed over tokens, of targets that the model samples itself.
@@ -133,7 +148,7 @@ def boundary_gradients(
     progress = progress or Progress(0, "", quiet=True)
     _forward(model, boundaries, progress)
     _turn(model, boundaries, progress)
-    _backward(model, boundaries, sensitivities, progress)
+    _backward(model, boundaries, survey, progress)
 
 
 def boundary_work(model: StreamedModel, rows: int) -> int:
@@ -193,17 +208,14 @@ def _turn(model: StreamedModel, boundaries: Boundaries, progress: Progress) -> N
 
 
 def _backward(
-    model: StreamedModel,
-    boundaries: Boundaries,
-    sensitivities: Sensitivities | None,
-    progress: Progress,
+    model: StreamedModel, boundaries: Boundaries, survey: Survey | None, progress: Progress
 ) -> None:
     """The gradients at the outputs of all blocks but the last, from the back to the front; and
     what they say of the linears on the way."""
     rows, gradients = boundaries.rows, None
     for i in reversed(range(model.num_blocks)):
-        told = sensitivities is None or sensitivities.has(i)
-        if told and (i == 0 or boundaries.has(GRADIENT, i - 1)):
+        wanted = survey is not None and not survey.has(i)
+        if not wanted and (i == 0 or boundaries.has(GRADIENT, i - 1)):
             gradients = None
             progress.skip(BACK * len(rows))
             continue
@@ -211,38 +223,36 @@ def _backward(
         if gradients is None:
             gradients = boundaries.load(GRADIENT, i)
         with _loaded_block(model, i):
-            klds = _through_block(model, boundaries, i, gradients, told)
-        if not told:
-            sensitivities.save(i, klds)
+            _through_block(model, boundaries, i, gradients, survey if wanted else None)
         if i > 0:
             _save_gradients(model, boundaries, i - 1, gradients)
         progress.advance(BACK * len(rows))
 
 
 def _through_block(
-    model: StreamedModel, boundaries: Boundaries, i: int, gradients: torch.Tensor, told: bool
-) -> dict[str, float]:
-    """Puts the gradients at what enters block i in the place of those at its output. Returns the
-    sensitivities of its linears, unless they were told before."""
-    linears = {} if told else model.block_linears(i)
-    scales = {key: channel_scales(linear.weight) for key, linear in linears.items()}
+    model: StreamedModel,
+    boundaries: Boundaries,
+    i: int,
+    gradients: torch.Tensor,
+    survey: Survey | None,
+) -> None:
+    """Puts the gradients at what enters block i in the place of those at its output."""
+    linears = {} if survey is None else model.block_linears(i)
 
-    def batch(part: slice) -> dict[str, float]:
-        passed = watched.run(boundaries.rows[part], boundaries.state(i, part), gradients[part])
-        found = {
-            key: rounding_kld(passed.inputs[key], d, scales[key])
-            for key, d in passed.gradients.items()
-        }
-        # Only now: a gradient at an output may be the very tensor that was given.
-        gradients[part] = passed.entering
-        return found
+    def run(part: slice) -> Passed:
+        return watched.run(boundaries.rows[part], boundaries.state(i, part), gradients[part])
 
-    klds = dict.fromkeys(linears, 0.0)
+    if survey is not None:
+        survey.begin(linears)
     with OutputGradients(model, i, linears) as watched:
-        for found in parallel.each(batch, batches(boundaries.rows)):
-            for key, kld in found.items():
-                klds[key] += kld / boundaries.rows.numel()
-    return klds
+        for wave in waves(batches(boundaries.rows)):
+            for part, passed in zip(wave, parallel.each(run, wave), strict=True):
+                if survey is not None:
+                    survey.add(passed)
+                # Only now: a gradient at an output may be the very tensor that was given.
+                gradients[part] = passed.entering
+    if survey is not None:
+        survey.save(i)
 
 
 def _refuse_damaged(linears: dict[str, nn.Linear]) -> None:

@@ -12,9 +12,11 @@ from exl3 import ops, parallel
 from exl3.errors import UserError
 from exl3.format.directory import small_files
 from exl3.jobs.boundaries import boundary_bytes
+from exl3.jobs.output_hessians import output_hessian_bytes
 from exl3.jobs.plan import Plan, traces_back
 from exl3.jobs.settings import Settings, partial_folder
 from exl3.jobs.stored import stored_modules
+from exl3.jobs.survey import survey_folder
 from exl3.jobs.thrift import (
     Thrift,
     choose_thrift,
@@ -111,7 +113,11 @@ def work_bytes(
     streams = 1 if settings.no_correction else 2
     states = 2 * streams * states_bytes(settings, model, rows)  # old and new
     if traces_back(settings):
-        states += boundary_bytes(model, min(rows, settings.hessian_rows), settings.cal_cols)
+        traced = min(rows, settings.hessian_rows)
+        states += boundary_bytes(model, traced, settings.cal_cols)
+        tokens = traced * settings.cal_cols
+        if survey_folder(settings, model, tokens) and not settings.save_hessians:
+            states += output_hessian_bytes(model.linears(head=False), tokens)
     states += spilled_bytes(settings, model, rows, thrift)
     return layers + rows * settings.cal_cols * 8 + states + tuned_bytes(settings, model)
 

@@ -19,6 +19,7 @@ from exl3.jobs.output_hessians import WHOLE_HEAD, output_hessian_bytes
 from exl3.jobs.plan import Plan, traces_back
 from exl3.jobs.settings import Settings
 from exl3.jobs.streams import BATCH_TOKENS, SAMPLE_ROWS
+from exl3.jobs.survey import survey_folder
 from exl3.memory import GIB, available_bytes, resident_now
 from exl3.model.streamed import StreamedModel
 from exl3.sensitivity import share_of_tokens
@@ -199,11 +200,9 @@ def _largest(
     parts.append(("the head", _head_peak(settings, model, plan)))
     if traces_back(settings):
         passed = min(rows, settings.hessian_rows)
-        running = max(
-            _bytes(model, model.block_keys(i)) + _running(settings, model, i)
-            for i in range(model.num_blocks)
-        )
-        backward = running + boundary_memory(model, passed, settings.cal_cols)
+        blocks = range(model.num_blocks)
+        backward = max(_block_backward(settings, model, i, passed) for i in blocks)
+        backward += boundary_memory(model, passed, settings.cal_cols)
         parts.append(("the backward pass", backward))
     return max(parts, key=lambda part: part[1])
 
@@ -232,6 +231,14 @@ def _block_peak(settings: Settings, model: StreamedModel, i: int, rows: int, thr
     working = max(_linear_peak(settings, m) for m in linears.values())
     known = _known(settings, list(linears.values()), list(plain.values()))
     return block + max(running, known + working)
+
+
+def _block_backward(settings: Settings, model: StreamedModel, i: int, rows: int) -> int:
+    """Of block i in the backward pass, and of the output-side Hessians that are kept from it."""
+    tokens, hessians = rows * settings.cal_cols, 0
+    if survey_folder(settings, model, tokens) is not None:
+        hessians = output_hessian_bytes(model.block_linears(i), tokens)
+    return _bytes(model, model.block_keys(i)) + _running(settings, model, i) + hessians
 
 
 def _running(settings: Settings, model: StreamedModel, i: int) -> int:

@@ -8,6 +8,7 @@ from exl3.jobs.sensitivities import Sensitivities
 from exl3.jobs.settings import Settings
 from exl3.jobs.source import Source
 from exl3.jobs.streams import spread
+from exl3.jobs.survey import Survey, survey_folder
 from exl3.jobs.workdir import WorkDir
 from exl3.progress import Progress
 
@@ -26,15 +27,17 @@ def trace_back(
     rows, model = source.rows, source.model
     picked = rows[spread(rows, settings.hessian_rows)]
     boundaries = Boundaries(work.gradients, model, picked, settings.seed)
-    sensitivities = None
+    sensitivities, survey = None, None
     if shared_by_gradients(settings):
         shared = settings.save_hessians  # with other jobs
         sensitivities = Sensitivities(
             shared or work.path, boundaries.identity, model.num_blocks, own=not shared
         )
+        folder = survey_folder(settings, model, picked.numel())
+        survey = Survey(sensitivities, picked.numel(), folder)
     if _wanted(settings, work, source, plan, sensitivities):
         with Progress(boundary_work(model, len(picked)), "Tracing back") as progress:
-            boundary_gradients(model, boundaries, progress, sensitivities)
+            boundary_gradients(model, boundaries, progress, survey)
     if sensitivities is not None:
         plan = make_plan(settings, model, sensitivities.by_key())
     return plan, boundaries if settings.hessian == "kron" else None

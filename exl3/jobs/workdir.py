@@ -24,6 +24,7 @@ from exl3.jobs.streams import Streams
 from exl3.tensor_files import LazyTensor, opened, write_safetensors
 
 WAY_OUT = "delete it and resume the job"  # of damaged files
+GRADIENTS = "gradients"
 
 BACKEND = "trellis search"  # the part of the identity that tells what computes
 
@@ -114,7 +115,7 @@ class WorkDir:
 
     @property
     def gradients(self) -> Path:
-        return self.path / "gradients"
+        return self.path / GRADIENTS
 
     def drop_gradients(self) -> None:
         """Gives back their room on the disk."""
