@@ -147,16 +147,16 @@ def print_table(results: dict[str, dict], seeds: int) -> None:
 
 
 def draw(results: dict[str, dict], path: Path, title: str) -> None:
-    """KLD against bits, one line a variant."""
+    """KLD against whole bits, one line a variant."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4.5), dpi=120)
-    for variant in MAIN:
+    for variant in VARIANTS:
         found = [r for r in results.values() if r["variant"] == variant]
-        bits = sorted({r["bits"] for r in found})
+        bits = sorted({r["bits"] for r in found if r["bits"] == int(r["bits"])})
         rows = [np.array([r["rows"] for r in found if r["bits"] == b]) for b in bits]
         if bits:
             means = np.array([r.mean() for r in rows])
