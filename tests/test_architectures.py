@@ -209,7 +209,7 @@ def logits_apart(folder: Path, quant: Path, rows: torch.Tensor) -> float:
 def convert_at_eight_bits(folder: Path, quant: Path) -> None:
     save_tokenizer(folder)
     work = folder.with_name("work")
-    run(*flags(folder, quant, work, "8", **{"-hb": 8, "-cr": 2, "--check_rows": 0}))
+    run(*flags(folder, quant, work, "8", **{"-hb": 8, "-cr": 16, "--check_rows": 0}))
 
 
 def is_plain(key: str) -> bool:

@@ -132,7 +132,8 @@ def test_they_decode_the_layers_of_a_mixtral(theirs, tmp_path, codebook):
     model, out = tmp_path / "model", tmp_path / "quant"
     save_small("mixtral", model)
     save_tokenizer(model)
-    run(*flags(model, out, tmp_path / "work", "3", **{"-cr": 3, "-cc": 32, "-cb": codebook}))
+    job = flags(model, out, tmp_path / "work", "3", **{"-cr": 3, "-cc": 32, "-cb": codebook})
+    run(*job, "--uniform")
     source, quant = Checkpoint(model), Checkpoint(out)
     layers: dict[str, dict[str, torch.Tensor]] = {}
     for key in quant.keys():  # noqa: SIM118
