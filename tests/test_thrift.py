@@ -40,7 +40,7 @@ def settings(models, kind="llama", **more):
 @pytest.fixture
 def program(monkeypatch):
     """A program that takes no memory itself, so that limits are of the job alone."""
-    monkeypatch.setattr(thrift, "resident_bytes", lambda: 0)
+    monkeypatch.setattr(thrift, "resident_now", lambda: 0)
 
 
 # -- The choice ----------------------------------------------------------------------------------

@@ -21,11 +21,12 @@ from exl3.jobs.job import Job
 from exl3.jobs.plan import make_plan
 from exl3.jobs.settings import load_settings
 from exl3.jobs.source import open_source
-from exl3.jobs.thrift import THRIFTS, Thrift, memory_limit, resident_bytes
+from exl3.jobs.thrift import THRIFTS, Thrift, memory_limit
 from exl3.jobs.tune_fits import BlockFit, TailFit, WholeFit
 from exl3.jobs.tune_parts import open_block, open_tail
 from exl3.jobs.tune_plan import BLOCKS, WHOLE, TuningRows, tuning_way, whole_tuning_bytes
 from exl3.jobs.workdir import WorkDir
+from exl3.memory import resident_now
 from exl3.progress import Progress
 from exl3.quant.tuning import BETAS, DECAY, EPSILON, Descent, Gains, descend, divergence
 
@@ -387,7 +388,7 @@ def test_the_way_is_told_and_a_resumed_job_keeps_it(tiny, tmp_path, monkeypatch,
 
 
 def test_max_memory_is_heeded(job):
-    assert memory_limit(job.settings) > resident_bytes() / 2
+    assert memory_limit(job.settings) > resident_now() / 2
     job.settings.max_memory = 0.5
     assert memory_limit(job.settings) == 2**29
     job.settings.tune = STEPS

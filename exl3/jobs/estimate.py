@@ -22,12 +22,12 @@ from exl3.jobs.thrift import (
     choose_thrift,
     computing_bytes,
     peak_bytes,
-    resident_bytes,
     sharing_bytes,
     spilled_bytes,
     states_bytes,
 )
 from exl3.jobs.tune_plan import STEP_TOKENS, tuned_bytes, whole_tuning_bytes
+from exl3.memory import resident_now
 from exl3.model.streamed import StreamedModel
 
 GIB = 2**30
@@ -77,7 +77,7 @@ def estimate(
     """
     thrift = choose_thrift(settings, model, plan, settings.cal_rows, others)
     given = settings, model, plan, settings.cal_rows, thrift
-    memory = resident_bytes() + peak_bytes(*given)
+    memory = resident_now() + peak_bytes(*given)
     card, tuning = 0, whole_tuning_bytes(settings, model, plan, thrift) or 0
     if model.device.type == "cpu":
         memory = max(memory, tuning)

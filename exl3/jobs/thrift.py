@@ -1,7 +1,5 @@
 """How a conversion gets along with the memory there is: the machine's, and that of its GPUs."""
 
-import resource
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, prod
@@ -88,7 +86,7 @@ def _lacking(
                 "--no_correction, or work on the CPU (-d cpu)"
             )
         part = "the conversion"
-    need, limit = resident_bytes() + peak_bytes(*given), memory_limit(settings)
+    need, limit = resident_now() + peak_bytes(*given), memory_limit(settings)
     if need <= limit:
         return None
     whose = "--max_memory is" if settings.max_memory is not None else "there are"
@@ -107,7 +105,7 @@ def card_limit(device: torch.device) -> int:
 def computing_room(settings: Settings, model: StreamedModel) -> tuple[int, int]:
     """Of the memory that the model computes in: bytes taken already, and the limit."""
     if model.device.type == "cpu":
-        return resident_bytes(), memory_limit(settings)
+        return resident_now(), memory_limit(settings)
     return 0, card_limit(model.device)
 
 
@@ -151,12 +149,6 @@ def sharing_bytes(settings: Settings, model: StreamedModel) -> int:
     its inputs."""
     linears = model.linears(head=False).values()
     return max(_known(settings, [m], [m]) + _linear_peak(settings, m) for m in linears)
-
-
-def resident_bytes() -> int:
-    """The memory this process has taken at its peak so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def states_bytes(settings: Settings, model: StreamedModel, rows: int) -> int:
