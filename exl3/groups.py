@@ -4,7 +4,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-LEVELS = (0, 1, 2, 3, 4)
+EVERY_TENSOR = 4
+LEVELS = (0, 1, 2, 3, EVERY_TENSOR)
 
 SHARED = {"shared_expert", "shared_experts", "share_expert", "shared_mlp"}
 EXPERTS = {"experts", "local_experts"}

@@ -7,6 +7,7 @@ Files of exllamav3's own measure.py are read too: they are swaps, and what they 
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from exl3 import __version__
 from exl3.errors import UserError
 from exl3.files import write_json
+from exl3.format.layer import UNQUANTIZED
 
 FORMAT = "exl3-measurement"
 VERSION = 1
@@ -42,6 +44,18 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class Part:
+    """A tensor of a group, or its experts of one kind, and what gradients say of it."""
+
+    name: str
+    layers: tuple[str, ...]
+    weights: int  # padded
+    share: float  # of the group's KLD at equal relative errors; 1 in all
+    bits: tuple[int, ...]  # 8 * bytes in the base and in every alternative quant
+    k: tuple[tuple[int, ...], ...]  # likewise
+
+
+@dataclass(frozen=True)
 class MeasuredGroup:
     """Modules that get their bits together."""
 
@@ -56,6 +70,7 @@ class MeasuredGroup:
     bits: int | None = None  # 8 * bytes of the base's tensors
     k: tuple[int, ...] = ()  # K of the layers in the base; 16: not quantized
     error: float | None = None  # relative squared error of the base's layers
+    parts: tuple[Part, ...] = ()  # none: not known, or the group is a single part
 
 
 @dataclass(frozen=True)
@@ -192,8 +207,8 @@ class _Object:
         found = self.content.get(name)
         return None if found is None else _Object(found, f"{name} of {self.where}")
 
-    def objects(self, name: str) -> "list[_Object]":
-        found = self.value(name, (list, tuple))
+    def objects(self, name: str, default: Any = ...) -> "list[_Object]":
+        found = self.value(name, (list, tuple), default)
         return [_Object(item, f"{name}[{i}] of {self.where}") for i, item in enumerate(found)]
 
 
@@ -261,10 +276,29 @@ def _group(o: _Object) -> MeasuredGroup:
         bits=o.whole("bits", None, least=1),
         k=_ks(o),
         error=o.number("error", None, least=0),
+        parts=tuple(_part(part) for part in o.objects("parts", [])),
     )
     if not group.layers:
         raise ValueError(f"layers of {o.where} is empty")
+    if group.parts:
+        keys = [key for part in group.parts for key in part.layers]
+        if sorted(keys) != sorted(group.layers) or not sum(part.share for part in group.parts) > 0:
+            raise ValueError(f"parts of {o.where} are not those of its layers")
     return group
+
+
+def _part(o: _Object) -> Part:
+    part = Part(
+        name=o.text("name"),
+        layers=o.items("layers", str),
+        weights=o.whole("weights", least=1),
+        share=o.number("share", least=0),
+        bits=o.items("bits", int),
+        k=tuple(_known_ks(k, o.where) for k in o.items("k", list)),
+    )
+    if not part.layers or len(part.bits) != len(part.k):
+        raise ValueError(f"{o.where} is no whole part")
+    return part
 
 
 def _candidate(o: _Object) -> Candidate:
@@ -278,10 +312,13 @@ def _candidate(o: _Object) -> Candidate:
 
 
 def _ks(o: _Object) -> tuple[int, ...]:
-    found = o.items("k", int, [])
-    if not all(1 <= k <= 8 or k == 16 for k in found):
-        raise ValueError(f"k of {o.where} is no list of numbers from 1 to 8, or 16")
-    return found
+    return _known_ks(o.items("k", int, []), o.where)
+
+
+def _known_ks(found: Sequence[object], where: str) -> tuple[int, ...]:
+    if not all(type(k) is int and (1 <= k <= 8 or k == UNQUANTIZED) for k in found):
+        raise ValueError(f"k of {where} is no list of numbers from 1 to 8, or 16")
+    return tuple(found)
 
 
 def _check(found: Measurement, own: bool) -> None:
@@ -300,6 +337,8 @@ def _check(found: Measurement, own: bool) -> None:
                 f"group {group.idx} has {len(group.candidates)} candidates for "
                 f"{len(found.alts)} quants"
             )
+        if any(len(part.k) != 1 + len(found.alts) for part in group.parts):
+            raise ValueError(f"parts of group {group.idx} are of another number of quants")
         needed = ("weights", "kld", "bits") if own and found.method == "isolate" else ()
         for name in needed:
             if getattr(group, name) is None:

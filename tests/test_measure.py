@@ -169,6 +169,24 @@ def test_bits_are_those_of_the_files(models, measured):
     assert m.base.bpw == pytest.approx(total)
 
 
+def test_gradients_tell_the_parts_of_a_group(models, measured, tmp_path):
+    """The same shares at every level, each tensor's bits, and none where there is one tensor."""
+    fine, coarse = read_measurement(measured), measure(models, tmp_path / "m.json", "-l", 0)
+    for block in coarse.groups:
+        assert [part.layers for part in block.parts] == [(key,) for key in block.layers]
+        assert sum(part.share for part in block.parts) == pytest.approx(1)
+        assert sum(part.weights for part in block.parts) == block.weights
+        for part in block.parts:
+            assert part.bits == tuple(stored_bits(models / q, part.layers) for q in ("q2", "q3"))
+            assert part.k == ((2,), (3,))
+        shares = {part.layers[0]: part.share for part in block.parts}
+        for g in (g for g in fine.groups if g.block == block.block):
+            assert bool(g.parts) == (len(g.layers) > 1)
+            own = sum(shares[key] for key in g.layers)
+            for part in g.parts:
+                assert part.share == pytest.approx(shares[part.layers[0]] / own)
+
+
 def test_whole_quants_are_measured_too(models, measured):
     m = read_measurement(measured)
     rows = rows_of(models)

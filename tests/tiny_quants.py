@@ -1,5 +1,6 @@
 """A tiny model, its quants at 2, 3 and 4 bits, and a measurement of them made by hand."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,12 +8,13 @@ from jobs_helpers import flags, run
 from tiny_models import save_tiny, save_tokenizer
 
 from exl3.errors_by_bits import relative_error
-from exl3.groups import group
+from exl3.groups import Group, group
 from exl3.measurement import (
     Candidate,
     MeasuredGroup,
     Measurement,
     Original,
+    Part,
     Quant,
     write_measurement,
 )
@@ -56,8 +58,10 @@ def worth(key: str) -> float:
     return (3 if "down" in key else 1) * (2 if ".1." in key else 1) * 0.01
 
 
-def measurement(tiny: Tiny, numbers=(0, 1, 2), level: int = 4, method="isolate") -> Measurement:
-    """What a measurement of these quants could be."""
+def measurement(
+    tiny: Tiny, numbers=(0, 1, 2), level: int = 4, method="isolate", parts=False
+) -> Measurement:
+    """What a measurement of these quants could be; with parts, gradients tell the very truth."""
     quants = [SpliceQuant(tiny.quants[i]) for i in numbers]
     bits = [BITS[i] for i in numbers]
     keys = [[n for n in quants[0].decoder if f".{block}." in n] for block in range(2)]
@@ -71,9 +75,12 @@ def measurement(tiny: Tiny, numbers=(0, 1, 2), level: int = 4, method="isolate")
         )
         isolated = (klds[0], 0.0) if method == "isolate" else (None, None)
         n = sum(quants[0].layers[key].weights for key in own.keys)
+        parts_known = parts_of(own, quants, bits) if parts else ()
         groups.append(
             MeasuredGroup(
-                idx, own.keys, candidates, own.block, own.name, n, *isolated, stored[0], (bits[0],)
+                *(idx, own.keys, candidates, own.block, own.name, n, *isolated, stored[0]),
+                k=(bits[0],),
+                parts=parts_known,
             )
         )
     described = [Quant(str(q.folder), q.bpw, 0.1 / b) for q, b in zip(quants, bits, strict=True)]
@@ -86,6 +93,22 @@ def measurement(tiny: Tiny, numbers=(0, 1, 2), level: int = 4, method="isolate")
         level=level,
         model=Original(str(tiny.model), Checkpoint(tiny.model).fingerprint(), "mul1"),
         base_kld=described[0].kld,
+    )
+
+
+def parts_of(own: Group, quants: Sequence[SpliceQuant], bits: Sequence[int]) -> tuple[Part, ...]:
+    """The tensors of a group."""
+    total = sum(map(worth, own.keys))
+    return tuple(
+        Part(
+            key.rpartition(".")[2],
+            (key,),
+            quants[0].layers[key].weights,
+            worth(key) / total,
+            tuple(quant.module_bits(key) for quant in quants),
+            tuple((b,) for b in bits),
+        )
+        for key in own.keys
     )
 
 

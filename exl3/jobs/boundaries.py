@@ -89,6 +89,11 @@ class Boundaries:
         content = LazyTensor(kind, self.shape, torch.float32, value.float)
         write_safetensors(self.path(kind, i), [content], self.identity)
 
+    def remove(self) -> None:
+        """Removes the files."""
+        for path in (path for kind in (STATE, GRADIENT) for path in self.folder.glob(f"{kind}.*")):
+            path.unlink()
+
     @contextlib.contextmanager
     def _open(self, kind: str, i: int) -> Iterator[Any]:
         path = self.path(kind, i)
@@ -265,8 +270,8 @@ def _save_gradients(
 ) -> None:
     if not torch.isfinite(gradients).all():
         raise JobError(
-            f"The gradient at the output of {model.block_name(i)} is not finite; "
-            "convert without output-side Hessians."
+            f"The gradient at the output of {model.block_name(i)} is not finite, so it tells "
+            "nothing; try other text (-c), or convert with --hessian input --uniform."
         )
     boundaries.save(GRADIENT, i, gradients)
 

@@ -1,13 +1,14 @@
 """The splices that a measurement and a budget suggest, and what is predicted of them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import floor
 
 from exl3.allocate import TOLERANCE, Options, Solution, ends_first, solution, solve
+from exl3.divide import divided, undivided
 from exl3.errors import UserError
-from exl3.measurement import Measurement
+from exl3.measurement import MeasuredGroup, Measurement
 from exl3.predict import Offer, Prediction, predict
 from exl3.splice import Quant, Splice
 
@@ -33,11 +34,16 @@ class Problem:
     head: int  # number of the quant that the head comes from
 
     @cached_property
+    def groups(self) -> tuple[MeasuredGroup, ...]:
+        """What is chosen: the measured groups, or where gradients tell, their tensors."""
+        return divided(self.measurement).groups
+
+    @cached_property
     def predictions(self) -> list[Prediction]:
         """For every group, its tensors in every quant."""
         return [
             predict(self.measurement, group, [self._offer(q, group.layers) for q in self.quants])
-            for group in self.measurement.groups
+            for group in self.groups
         ]
 
     def _offer(self, quant: Quant, layers: Sequence[str]) -> Offer:
@@ -64,34 +70,50 @@ class Problem:
 
     def candidates(self, bitrate: float) -> list[Candidate]:
         """The best choice for a bitrate, then runners-up, all of about the same size."""
-        weights = self.plain(0).splice.weights
-        budget, options = floor(bitrate * weights), self.options
-        least = budget - floor(TOLERANCE * weights)
-        best = solve(options, budget, least=least)
+        found = self._choices(bitrate)
+        if any(group.parts for group in self.measurement.groups):
+            whole = replace(self, measurement=undivided(self.measurement))
+            if choice := solve(whole.options, **self._limits(bitrate)):
+                found.append(whole.candidate("whole groups", choice))
+        unique: list[Candidate] = []
+        for candidate in found:
+            if all(candidate.splice.origin != other.splice.origin for other in unique):
+                unique.append(candidate)
+        return unique
+
+    def _choices(self, bitrate: float) -> list[Candidate]:
+        limits, options = self._limits(bitrate), self.options
+        best = solve(options, **limits)
         if best is None:
+            smallest = sum(min(o.bits for o in own) for own in options) / self._weights
             raise UserError(
-                f"-b {bitrate:g} is less than the smallest choice takes: "
-                f"{sum(min(o.bits for o in own) for own in options) / weights:.3f} bits"
+                f"-b {bitrate:g} is less than the smallest choice takes: {smallest:.3f} bits"
             )
-        blocks = [group.block or 0 for group in self.measurement.groups]
+        blocks = [group.block or 0 for group in self.groups]
         apart = max(1, len(options) // RUNNER_UP)
         found = {
             "the solution": best,
-            "without caution": solve(options, budget, least=least, caution=0.0),
-            "second best": solve(options, budget, least=least, excluded=[best.picked], apart=apart),
-            "ends first": ends_first(options, blocks, budget),
+            "without caution": solve(options, **limits, caution=0.0),
+            "second best": solve(options, **limits, excluded=[best.picked], apart=apart),
+            "ends first": ends_first(options, blocks, limits["budget"]),
         }
-        unique: dict[tuple[int, ...], Candidate] = {}
-        for name, choice in found.items():
-            if choice is not None and choice.picked not in unique:
-                unique[choice.picked] = self.candidate(name, choice)
-        return list(unique.values())
+        return [self.candidate(name, choice) for name, choice in found.items() if choice]
+
+    @cached_property
+    def _weights(self) -> int:
+        """Of the decoder."""
+        return self.plain(0).splice.weights
+
+    def _limits(self, bitrate: float) -> dict[str, int]:
+        """Bits that a choice may take, and should if it can."""
+        budget = floor(bitrate * self._weights)
+        return {"budget": budget, "least": budget - floor(TOLERANCE * self._weights)}
 
     def candidate(self, name: str, choice: Solution) -> Candidate:
         """The splice of a choice."""
         origin = {
             key: number
-            for group, number in zip(self.measurement.groups, choice.picked, strict=True)
+            for group, number in zip(self.groups, choice.picked, strict=True)
             for key in group.layers
         }
         head = self.quants[self.head].head() or self.quants[0].head()

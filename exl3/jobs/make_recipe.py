@@ -5,6 +5,7 @@ from math import floor
 from pathlib import Path
 
 from exl3.allocate import ALL_BITS, TOLERANCE, Solution, solve
+from exl3.divide import divided
 from exl3.errors import UserError
 from exl3.format.layer import UNQUANTIZED
 from exl3.measurement import MeasuredGroup, Measurement, read_measurement
@@ -26,7 +27,7 @@ class Request:
 
 def make_recipe(request: Request) -> None:
     """Writes the recipe. UserError for bad input."""
-    measurement = read_measurement(request.measurement)
+    measurement = divided(read_measurement(request.measurement))
     _refuse_other_model(request, measurement)
     if request.recipe.exists():
         raise UserError(f"--recipe {request.recipe} is there already; give a new name")

@@ -1,7 +1,8 @@
 """A measurement: what the bits of each group of modules are worth, in KL divergence from the
 original model.
 
-The original first, then every quant as a whole, then every group of every quant by itself, many
+First gradients back through the original, which tell how a group's KLD divides among its tensors.
+Then the original forwards, every quant as a whole, and every group of every quant by itself, many
 side by side in one sweep through the blocks. What is finished is kept, and the file written anew.
 """
 
@@ -21,6 +22,7 @@ from exl3.jobs.measure_layers import LayerMaker
 from exl3.jobs.measure_plan import Plan, Targets, make_targets
 from exl3.jobs.measure_report import report
 from exl3.jobs.measure_results import Results
+from exl3.jobs.measure_shares import Shares
 from exl3.jobs.measure_sweep import Stream, Sweep, stream_klds
 from exl3.jobs.workdir import BACKEND
 from exl3.measurement import Measurement
@@ -73,10 +75,12 @@ def _identity(request: Request, found: Input) -> dict[str, object]:
 def _measure(request: Request, found: Input, files: MeasureFiles, job: str) -> Measurement:
     """Does what is not done yet."""
     targets = make_targets(request, found, files)
-    plan = Plan(request, found, targets, files)
-    results = Results(request, found, targets, files, job)
+    shares = Shares(found.original, found.rows, targets.groups, files)
+    plan = Plan(request, found, targets, files, shares)
+    results = Results(request, found, targets, files, shares, job)
     files.save_out(results.measurement())
     print(plan.text(), flush=True)
+    shares.make()
     with Progress(plan.cost(), "Measuring") as progress:
         steps = _Steps(request, found, targets, files, results, progress)
         if plan.original_left:
@@ -87,6 +91,7 @@ def _measure(request: Request, found: Input, files: MeasureFiles, job: str) -> M
         for n, streams in enumerate(plan.passes):
             following = next((after[0].block for after in plan.passes[n + 1 :]), None)
             steps.sweep(steps.home, "home", streams, following)
+    files.save_out(results.measurement())  # also where gradients alone were missing
     return results.measurement()
 
 

@@ -6,6 +6,8 @@ original.safetensors       what leaves the original's last block
 entering/MODEL-BLOCK.safetensors  what enters a block where a sweep begins
 states.safetensors         all streams of the sweep under way
 layers/KEY.safetensors     a layer that was quantized for the measurement
+gradients/                 what passes back between the original's blocks (`exl3.jobs.boundaries`)
+sensitivities.json         what that says of every tensor
 """
 
 import contextlib
@@ -19,12 +21,13 @@ import torch
 
 from exl3.errors import UserError
 from exl3.files import PARTIAL, write_json
-from exl3.jobs.workdir import WorkDir
+from exl3.jobs.sensitivities import NAME as SENSITIVITIES
+from exl3.jobs.workdir import GRADIENTS, WorkDir
 from exl3.measurement import Measurement, read_measurement, write_measurement
 from exl3.tensor_files import LazyTensor, opened, write_safetensors
 
-FOLDERS = ("kld", "entering", "layers")
-NAMES = ("job.json", "lock", "original.safetensors", "states.safetensors")
+FOLDERS = ("kld", "entering", "layers", GRADIENTS)
+NAMES = ("job.json", "lock", "original.safetensors", "states.safetensors", SENSITIVITIES)
 STATE = "s:"  # before a stream's name in states.safetensors
 HOME = "home"
 WAY_OUT = "delete it and start again"  # of damaged files
@@ -164,6 +167,10 @@ class MeasureFiles:
             return file.get_tensor("kld"), None if math.isnan(error) else error
 
     # -- States ----------------------------------------------------------------------------------
+
+    @property
+    def gradients(self) -> Path:
+        return self.path / GRADIENTS
 
     @property
     def original(self) -> Path:

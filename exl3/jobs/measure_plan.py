@@ -16,6 +16,7 @@ from exl3.groups import Group, group
 from exl3.jobs.measure_files import MeasureFiles
 from exl3.jobs.measure_input import Input, Layers, MadeLayers, Request, padded_weights
 from exl3.jobs.measure_layers import search_cost
+from exl3.jobs.measure_shares import Shares
 from exl3.jobs.measure_sweep import Stream, forward_cost, stream_cost
 from exl3.model.quantized import OTHER_ROPE
 from exl3.model.streamed import StreamedModel
@@ -81,9 +82,10 @@ class Plan:
     """What is left to do. UserError if it does not fit memory or disk."""
 
     def __init__(
-        self, request: Request, found: Input, targets: Targets, files: MeasureFiles
+        self, request: Request, found: Input, targets: Targets, files: MeasureFiles, shares: Shares
     ) -> None:
         self.request, self.found, self.targets, self.files = request, found, targets, files
+        self.shares = shares
         self.left = [s for s in targets.parts if not files.has_kld(s.name)]
         self.wholes = [s for s in targets.wholes if not files.has_kld(s.name)]
         self.original_left = not files.original.is_file()
@@ -151,6 +153,11 @@ class Plan:
             lines.append(f"  NOTE: {OTHER_ROPE}")
         if len(self.left) < len(targets.parts):
             lines.append(f"  {len(targets.parts) - len(self.left)} candidates are measured already")
+        if self.shares.left:
+            lines.append(
+                f"  gradients of {self.shares.rows.numel():,} tokens first, to divide each "
+                "group's KLD among its tensors"
+            )
         count = len(self.passes)
         states = (self._together() + 1) * self._state_bytes(rows)
         seconds = math.ceil(self.cost() * _seconds_a_product())
@@ -182,7 +189,8 @@ class Plan:
             states = max(states, self._state_bytes(self.every))
             weights = sum(map(padded_weights, self.found.original.linears().values()))
             made = self.request.bits * weights // 8
-        return 2 * states + 3 * self._state_bytes(self.found.rows) + klds + made
+        passing = 2 * states + 3 * self._state_bytes(self.found.rows) + klds + made
+        return max(passing, self.shares.disk_bytes)  # gradients are gone by then
 
     def _refuse_full_disk(self) -> None:
         folder = self.files.path

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -10,14 +10,17 @@ from exl3.data.rows import rows_hash
 from exl3.evaluate.metrics import mean_and_error
 from exl3.format.layer import UNQUANTIZED
 from exl3.format.stored_layer import StoredLayer
+from exl3.groups import Group
 from exl3.jobs.measure_files import MeasureFiles
 from exl3.jobs.measure_input import Input, Request, padded_weights
 from exl3.jobs.measure_plan import Targets, group_stream, head_stream, whole_stream
+from exl3.jobs.measure_shares import Shares, tensors_of
 from exl3.measurement import (
     Candidate,
     MeasuredGroup,
     Measurement,
     Original,
+    Part,
     Quant,
     Rows,
 )
@@ -33,6 +36,7 @@ class Results:
     found: Input
     targets: Targets
     files: MeasureFiles
+    shares: Shares
     job: str
 
     def __post_init__(self) -> None:
@@ -86,7 +90,27 @@ class Results:
     def _group(self, idx: int) -> MeasuredGroup | None:
         g = self.targets.groups[idx]
         names = [group_stream(idx, q) for q in range(len(self.targets.layers))]
-        return self._measured(idx, g.block, g.name, g.keys, names)
+        found = self._measured(idx, g.block, g.name, g.keys, names)
+        return found and replace(found, parts=self._parts(g))
+
+    def _parts(self, measured: Group) -> tuple[Part, ...]:
+        """What is known of a group's tensors; none if it is a single one."""
+        tensors = tensors_of(measured)
+        whole = self.shares.sensitivity(measured.keys)
+        if len(tensors) < 2 or not whole > 0:
+            return ()
+        return tuple(self._part(t, self.shares.sensitivity(t.keys) / whole) for t in tensors)
+
+    def _part(self, tensor: Group, share: float) -> Part:
+        layers = [[self._layer(q, k) for k in tensor.keys] for q in range(len(self.targets.layers))]
+        return Part(
+            name=tensor.name,
+            layers=tensor.keys,
+            weights=sum(self._weights[key] for key in tensor.keys),
+            share=share,
+            bits=tuple(8 * sum(layer.nbytes for layer in own) for own in layers),
+            k=tuple(tuple(sorted({layer.bits for layer in own})) for own in layers),
+        )
 
     def _head(self) -> MeasuredGroup | None:
         if self.targets.head is None:

@@ -7,11 +7,12 @@ from math import floor
 from pathlib import Path
 
 from exl3.allocate import ALL_BITS, MAX_BITS, TOLERANCE, Option, solve
+from exl3.divide import divided
 from exl3.errors import UserError
 from exl3.errors_by_bits import relative_error
 from exl3.format.layer import UNQUANTIZED, padded
 from exl3.format.manifest import file_digest
-from exl3.groups import group
+from exl3.groups import EVERY_TENSOR, group
 from exl3.jobs.settings import Settings, flag
 from exl3.measurement import Measurement, read_measurement
 from exl3.model.streamed import StreamedModel
@@ -19,7 +20,6 @@ from exl3.predict import Offer, predict
 from exl3.recipe import bits_by_recipe, read_recipe
 
 FAVOURED = ("attn", "attention", "shared_expert")  # parts of the keys that -hq gives more bits
-EVERY_TENSOR = 4  # level of groups
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def _by_measurement(
     settings: Settings, model: StreamedModel, modules: Sequence[Module]
 ) -> dict[str, int]:
     """The best bits by what was measured of this model."""
-    measurement = read_measurement(settings.measurement)
+    measurement = divided(read_measurement(settings.measurement))
     _refuse_changed(settings, "measurement")
     weights = {m.key: m.weights for m in modules}
     refuse_other_model(measurement, model, weights)

@@ -1,0 +1,66 @@
+"""What gradients of the original say of a measurement's tensors: how a group's KLD divides."""
+
+from collections.abc import Sequence
+from math import ceil
+
+import torch
+
+from exl3.groups import EVERY_TENSOR, Group, group
+from exl3.jobs.boundaries import Boundaries, boundary_bytes, boundary_gradients, boundary_work
+from exl3.jobs.measure_files import MeasureFiles
+from exl3.jobs.sensitivities import Sensitivities
+from exl3.jobs.streams import spread
+from exl3.jobs.survey import Survey
+from exl3.model.streamed import StreamedModel
+from exl3.progress import Progress
+
+SHARE_TOKENS = 4096  # that gradients go back from: ratios, not sums, are asked of them
+
+
+class Shares:
+    """The sensitivities of all tensors, as far as they are known, kept with the measurement."""
+
+    def __init__(
+        self,
+        model: StreamedModel,
+        rows: torch.Tensor,
+        groups: Sequence[Group],
+        files: MeasureFiles,
+    ) -> None:
+        """rows: ids (rows, cols) of the measurement."""
+        self.model = model
+        self.rows = rows[spread(rows, ceil(SHARE_TOKENS / rows.shape[1]))]
+        self.wanted = any(len(tensors_of(g)) > 1 for g in groups)
+        self._boundaries = Boundaries(files.gradients, model, self.rows, seed=0)
+        self._known = Sensitivities(files.path, self._boundaries.identity, model.num_blocks)
+
+    @property
+    def left(self) -> bool:
+        """Whether gradients have to go through the model."""
+        return self.wanted and not self._known.complete
+
+    @property
+    def disk_bytes(self) -> int:
+        """Of the work folder, for what passes between the blocks."""
+        return boundary_bytes(self.model, *self.rows.shape) if self.left else 0
+
+    def make(self) -> None:
+        """What is not there yet. JobError for gradients that are not finite."""
+        if not self.left:
+            return
+        self.model.load_embedding()
+        with Progress(boundary_work(self.model, len(self.rows)), "Tracing back") as progress:
+            survey = Survey(self._known, self.rows.numel())
+            boundary_gradients(self.model, self._boundaries, progress, survey)
+        self.model.free_embedding()
+        self._boundaries.remove()
+
+    def sensitivity(self, keys: Sequence[str]) -> float:
+        """Of some tensors together: KLD per unit of relative error, 0 while it is not known."""
+        known = self._known.by_key() if self._known.complete else {}
+        return sum(known.get(key, 0.0) for key in keys)
+
+
+def tensors_of(measured: Group) -> list[Group]:
+    """The tensors of a group; its experts of one kind together, for they have one K."""
+    return group([measured.keys], EVERY_TENSOR)
