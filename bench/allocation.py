@@ -15,6 +15,7 @@ from pathlib import Path
 
 from exl3 import parallel
 from exl3.allocate import TOLERANCE, Options, Solution, ends_first, solution, solve
+from exl3.divide import undivided
 from exl3.jobs.candidates import Problem
 from exl3.jobs.splice_check import held_out_rows, measure, notes_of
 from exl3.measurement import read_measurement
@@ -47,7 +48,8 @@ def main() -> None:
     p.add_argument("--rows", type=int, default=16)
     args = p.parse_args()
     with parallel.one_thread_per_op(), tempfile.TemporaryDirectory() as folder:
-        measurement = read_measurement(args.measurement)
+        # Groups as they were measured: where they are large the rules differ most.
+        measurement = undivided(read_measurement(args.measurement))
         quants = tuple(Quant(q.dir) for q in (measurement.base, *measurement.alts))
         problem = Problem(measurement, quants, 0)
         rows = held_out_rows(args.ref_dir, args.rows, args.text, False)

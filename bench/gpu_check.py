@@ -12,7 +12,6 @@ import json
 import os
 import platform
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -120,7 +119,10 @@ def describe(device: int) -> dict[str, str]:
 
     major, minor = torch.cuda.get_device_capability(device)
     memory = torch.cuda.get_device_properties(device).total_memory / 2**30
-    commit = run([shutil.which("git") or "git", "rev-parse", "--short", "HEAD"], 10, check=False)
+    try:
+        commit = run(["git", "rev-parse", "--short", "HEAD"], 10)
+    except (Failed, OSError, subprocess.TimeoutExpired):
+        commit = ""  # no git, or no repository
     return {
         "chip": f"{torch.cuda.get_device_name(device)} (sm_{major}{minor}, {memory:.0f} GiB)",
         "date": date.today().isoformat(),

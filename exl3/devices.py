@@ -18,13 +18,16 @@ CPU = torch.device("cpu")
 SHORT = "the GPU's memory is too short for it"  # for notes
 
 
-def pick_devices(wanted: str, flag: str = "-d") -> tuple[list[torch.device], str | None]:
+def pick_devices(
+    wanted: str, flag: str = "-d", kernels: bool = True
+) -> tuple[list[torch.device], str | None]:
     """The devices that a flag asks for, the first of which runs the model; and a line to tell the
-    user. The CPU where no GPU can be used; UserError for a GPU that is not there among others."""
+    user. The CPU where no GPU can be used; UserError for a GPU that is not there among others.
+    kernels: whether exl3's own are needed there, and not only torch."""
     numbers = read_devices(wanted, flag)
     if not numbers:
         return [CPU], None
-    if reason := _unusable():
+    if reason := _unusable(kernels):
         return [CPU], f"{flag} {wanted}: {reason}; running on the CPU"
     count = torch.cuda.device_count()
     if missing := [n for n in numbers if n >= count]:
@@ -38,20 +41,22 @@ def pick_devices(wanted: str, flag: str = "-d") -> tuple[list[torch.device], str
     return devices, f"Running on {names}, in float32 without TF32"
 
 
-def pick_device(wanted: str, flag: str = "-d") -> tuple[torch.device, str | None]:
+def pick_device(
+    wanted: str, flag: str = "-d", kernels: bool = True
+) -> tuple[torch.device, str | None]:
     """`pick_devices` for work that one device does: the first, and a line about the others."""
-    devices, note = pick_devices(wanted, flag)
+    devices, note = pick_devices(wanted, flag, kernels)
     if len(devices) > 1:
         note = f"{note}; only {devices[0]} is of use here"
     return devices[0], note
 
 
-def _unusable() -> str | None:
+def _unusable(kernels: bool) -> str | None:
     """Why no GPU can be used, None if one can."""
     if not torch.cuda.is_available():
         built = torch.version.cuda or torch.version.hip
         return "no GPU is available here" if built else "this torch is built without CUDA"
-    if not _kernels_built():
+    if kernels and not _kernels_built():
         return "exl3's kernels are built without CUDA (docs/kernels.md tells how to build them)"
     return None
 

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -68,3 +69,14 @@ def take_lock(file: IO) -> bool:
             return False
         # A file system without locks: better to work there unprotected than not at all.
     return True
+
+
+@contextlib.contextmanager
+def one_at_a_time(folder: str | Path) -> Iterator[None]:
+    """Waits for other processes that work in a folder which several share."""
+    with open(Path(folder) / "lock", "w") as file:
+        if not take_lock(file):
+            print(f"Waiting for another process that works in {folder}", flush=True)
+            while not take_lock(file):
+                time.sleep(1)
+        yield

@@ -296,7 +296,7 @@ def _part(o: _Object) -> Part:
         bits=o.items("bits", int),
         k=tuple(_known_ks(k, o.where) for k in o.items("k", list)),
     )
-    if not part.layers or len(part.bits) != len(part.k):
+    if not (part.layers and len(part.bits) == len(part.k) and all(part.k) and min(part.bits) > 0):
         raise ValueError(f"{o.where} is no whole part")
     return part
 

@@ -376,6 +376,34 @@ def test_bad_settings_are_told_and_leave_nothing(tiny, tmp_path, change, message
     assert not (tmp_path / "work").exists()
 
 
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("out/h", "lies inside -o"),
+        ("work/gradients", "lies inside -w"),
+        ("out.exl3-partial", "can be no folder"),
+        ("file", "can be no folder"),
+        ("file/h", "cannot be made"),
+    ],
+)
+def test_where_hessians_cannot_be_shared(tiny, tmp_path, place, message):
+    (tmp_path / "file").write_text("mine")
+    more = {"--save_hessians": str(tmp_path / place)}
+    refused(message, *flags(tiny, tmp_path / "out", tmp_path / "work", **more))
+    assert (tmp_path / "file").read_text() == "mine"
+    assert not (tmp_path / "out").exists()
+
+
+def test_layers_of_another_versions_plan_are_refused(tiny, tmp_path):
+    """As a job that another version began, whose settings meant other bits."""
+    run(*flags(tiny, tmp_path / "out", tmp_path / "work", "3"), "--uniform")
+    shutil.rmtree(tmp_path / "out")
+    stored = json.loads((tmp_path / "work" / "job.json").read_text())
+    del stored["uniform"]
+    (tmp_path / "work" / "job.json").write_text(json.dumps(stored))
+    refused("are planned: another version", "-w", str(tmp_path / "work"), "-r")
+
+
 def test_missing_flags_are_told(tmp_path):
     refused("Give -w DIR", "-i", "x")
     refused("missing: -i, -o, -b", "-w", str(tmp_path))

@@ -90,6 +90,8 @@ def test_a_recipe_of_a_coarse_measurement_is_fine(tiny, tmp_path):
         ({"layers": ["a.b"]}, "not those of its layers"),
         ({"k": [[2], [3]]}, "no whole part"),
         ({"k": [[2], [3], [9]]}, "from 1 to 8"),
+        ({"k": [[2], [3], []]}, "no whole part"),
+        ({"bits": [1, 2, -3]}, "no whole part"),
         ({"share": -1}, "share of parts"),
         ({"weights": 0}, "weights of parts"),
     ],

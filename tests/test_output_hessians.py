@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from exl3 import parallel
 from exl3.errors import JobError, UserError
 from exl3.jobs import boundaries as boundaries_module
-from exl3.jobs import inputs, streams
+from exl3.jobs import inputs, output_hessians, streams
 from exl3.jobs.boundaries import (
     GRADIENT,
     STATE,
@@ -25,11 +25,15 @@ from exl3.jobs.boundaries import (
 )
 from exl3.jobs.output_hessians import (
     OutputHessian,
+    all_saved,
     block_output_hessians,
     load_output_hessians,
     output_hessian_bytes,
     save_output_hessians,
+    with_hessians,
 )
+from exl3.jobs.sensitivities import Sensitivities
+from exl3.jobs.survey import Survey
 from exl3.model.capture import capture_inputs
 from exl3.model.gradients import OutputGradients, sample_targets, token_uniforms
 from exl3.model.streamed import StreamedModel
@@ -296,7 +300,7 @@ def test_sizes_are_those_foretold(tmp_path):
 
     save_output_hessians(tmp_path / "saved", all_hessians(model, boundaries), boundaries.identity)
     linears = {k: m for i in range(BLOCKS) for k, m in model.block_linears(i).items()}
-    data = output_hessian_bytes(linears, ROWS * COLS)
+    data = output_hessian_bytes(model, range(BLOCKS), ROWS * COLS)
     assert data < sum(map(len, contents(tmp_path / "saved").values())) < data + len(linears) * 1000
 
 
@@ -313,7 +317,7 @@ def test_neither_blocks_nor_hooks_stay(tmp_path):
 # -- What enters no sum --------------------------------------------------------------------------
 
 
-def test_a_linear_without_a_gradient_is_left_out(tmp_path):
+def test_a_linear_without_a_gradient_is_known_to_have_none(tmp_path):
     save_tiny("llama", tmp_path / "model")
     model = StreamedModel(tmp_path / "model")
     boundaries = fill(tmp_path / "files", model, tiny_rows(ROWS, COLS))
@@ -326,7 +330,38 @@ def test_a_linear_without_a_gradient_is_left_out(tmp_path):
     module.mlp.register_forward_pre_hook(call_aside)
     linears = {**model.block_linears(0), "aside": aside, "unused": nn.Linear(2, 2)}
     found = block_output_hessians(model, 0, linears, boundaries)
-    assert found.keys() == model.block_linears(0).keys()
+    assert {key for key, seen in found.items() if not seen.tokens} == {"aside", "unused"}
+    save_output_hessians(tmp_path / "saved", found, boundaries.identity)
+    assert all_saved(tmp_path / "saved", linears)
+    assert (
+        load_output_hessians(tmp_path / "saved", linears, boundaries.identity)["aside"].tokens == 0
+    )
+
+
+def test_huge_linears_have_none(tmp_path, monkeypatch):
+    save_tiny("llama", tmp_path / "model")
+    monkeypatch.setattr(output_hessians, "MOST_OUTPUTS", 80)  # the MLP has 96
+    model = StreamedModel(tmp_path / "model")
+    linears = model.block_linears(0)
+    assert not with_hessians(linears).keys() & {
+        f"model.layers.0.mlp.{x}_proj" for x in ("gate", "up")
+    }
+    boundaries = Boundaries(tmp_path / "files", model, tiny_rows(ROWS, COLS), SEED)
+    known = Sensitivities(tmp_path, boundaries.identity, BLOCKS)
+    model.load_embedding()
+    boundary_gradients(model, boundaries, survey=Survey(known, ROWS * COLS, tmp_path / "saved"))
+    saved = {path.stem for path in (tmp_path / "saved").glob("model.layers.0.*")}
+    assert saved == with_hessians(linears).keys()
+    assert known.complete and known.by_key()["model.layers.0.mlp.up_proj"] > 0
+
+
+def test_of_experts_a_share_of_the_tokens_is_expected(tmp_path):
+    save_tiny("mixtral", tmp_path / "model", num_local_experts=4)
+    model = StreamedModel(tmp_path / "model")
+    linears, experts = model.block_linears(0), model.expert_linears(0)
+    tokens = 24  # fewer than any linear has outputs; an expert sees half of them
+    total = sum(4 * m.out_features * (12 if k in experts else 24) for k, m in linears.items())
+    assert output_hessian_bytes(model, [0], tokens) == total
 
 
 def test_tokens_that_a_linear_does_not_see_do_not_count(tmp_path, small_batches):

@@ -393,6 +393,7 @@ def test_which_device_is_picked(monkeypatch):
         device, note = pick_device("0")
         assert device == CPU
         assert "kernels are built without CUDA" in note
+        assert pick_device("0", kernels=False)[0] == GPU  # where torch alone computes
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

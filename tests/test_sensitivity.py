@@ -1,6 +1,7 @@
 """What the original's gradients say about the bits of its linears."""
 
 import json
+import threading
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from tiny_models import save_tiny
 from transformers import AutoModelForCausalLM
 
 from exl3.errors import UserError
+from exl3.files import one_at_a_time
 from exl3.jobs.boundaries import Boundaries, boundary_gradients, boundary_work
 from exl3.jobs.sensitivities import NAME, Sensitivities
 from exl3.jobs.survey import Survey
@@ -150,6 +152,32 @@ def test_saved_hessians_keep_them_for_other_bits(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("exl3.jobs.trace_back.boundary_gradients", unwanted)
     run(*flags(tiny.model, tmp_path / "b", tmp_path / "wb", "3"), *saved)
     assert bits_of(tmp_path / "b") == bits_of(tmp_path / "plain")
+
+
+def test_two_jobs_take_turns_in_a_shared_folder(tmp_path):
+    order = []
+
+    def second():
+        with one_at_a_time(tmp_path):
+            order.append("second")
+
+    with one_at_a_time(tmp_path):
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join(0.2)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"]
+
+
+def test_gradients_that_nobody_needs_any_more_are_dropped(tiny, tmp_path, monkeypatch):
+    def seen(job, streams):
+        assert not [*job.work.path.glob("gradients/*.safetensors")]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("exl3.jobs.convert.convert_head", seen)
+    with pytest.raises(KeyboardInterrupt):
+        run(*flags(tiny.model, tmp_path / "a", tmp_path / "w", "2.5"), "--hessian", "input")
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ from pathlib import Path
 from exl3.evaluate.gguf_header import gguf_parts, gguf_tensors
 from exl3.evaluate.result import Storage
 from exl3.format.trellis import TILE
+from exl3.memory import GIB
 from exl3.model.checkpoint import Checkpoint, read_json
 
-GIB = 1 << 30
 BLOCK = re.compile(r"(^|\.)(layers|h|blocks|block|blk)\.\d+\.")
 NOT_TEXT = re.compile(r"vision|visual|audio", re.IGNORECASE)
 HEADS = ("lm_head", "embed_out", "output")

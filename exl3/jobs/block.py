@@ -68,9 +68,9 @@ class Block:
         Those of few tokens are moved toward what knows nothing, a multiple of the identity.
         """
         seen = self.output_hessians.pop(key, None)
-        if seen is None:
+        if seen is None or not seen.tokens:
             return None
-        mean = seen.mean()
+        mean = seen.mean(self.model.device)
         return shrink(mean, seen.tokens, torch.eye(seen.features, device=mean.device))
 
     def settle(self, key: str, work: WorkDir) -> None:

@@ -7,10 +7,12 @@ a block are calibrated on what enters its original layers.
 """
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from functools import partial
 
 import torch
 
+from exl3.files import one_at_a_time
 from exl3.jobs.block import Block
 from exl3.jobs.experts import (
     ExpertInputs,
@@ -24,12 +26,12 @@ from exl3.jobs.experts import (
 from exl3.jobs.inputs import Calibration, block_hessians, stage_moments
 from exl3.jobs.job import Job, encode_cost
 from exl3.jobs.output_hessians import (
-    MOST_OUTPUTS,
     OutputHessian,
     SavedHessian,
     block_output_hessians,
     load_output_hessians,
     save_output_hessians,
+    with_hessians,
 )
 from exl3.jobs.quantize import Wanted, quantize
 from exl3.jobs.streams import SAMPLE_ROWS, Streams, enter, run_block, spread
@@ -71,22 +73,19 @@ def _output_hessians(
 ) -> dict[str, OutputHessian | SavedHessian]:
     """Of the linears that are not finished, as far as they are wanted; those that the backward pass
     has kept, or an earlier job with the same rows where --save_hessians has them."""
-    missing = {
-        key: linear
-        for key, linear in block.linears.items()
-        if key not in finished and linear.out_features <= MOST_OUTPUTS
-    }
+    missing = {k: m for k, m in with_hessians(block.linears).items() if k not in finished}
     if job.boundaries is None or not missing:
         return {}
     identity, shared = job.boundaries.identity, job.settings.save_hessians
-    saved = load_output_hessians(shared or job.boundaries.folder, missing, identity)
-    missing = {key: linear for key, linear in missing.items() if key not in saved}
-    if not missing:
-        return saved
-    job.progress.doing(f"{block.name}, gradients")
-    found = block_output_hessians(block.model, block.i, missing, job.boundaries)
-    if shared:
-        save_output_hessians(shared, found, identity)
+    with one_at_a_time(shared) if shared else nullcontext():
+        saved = load_output_hessians(shared or job.boundaries.folder, missing, identity)
+        missing = {key: linear for key, linear in missing.items() if key not in saved}
+        if not missing:
+            return saved
+        job.progress.doing(f"{block.name}, gradients")
+        found = block_output_hessians(block.model, block.i, missing, job.boundaries)
+        if shared:
+            save_output_hessians(shared, found, identity)
     return saved | found
 
 

@@ -114,7 +114,13 @@ def model_identity(model: StreamedModel) -> dict[str, str]:
 
 def identity(model: StreamedModel, rows: torch.Tensor, seed: int) -> dict[str, str]:
     """What gradients depend on."""
-    return {**model_identity(model), "rows": rows_hash(rows), "seed": str(seed)}
+    device = model.device.type  # another one adds up otherwise
+    return {
+        **model_identity(model),
+        "rows": rows_hash(rows),
+        "seed": str(seed),
+        "kind of device": device,
+    }
 
 
 def expect(path: Path, metadata: dict[str, str] | None, identity: dict[str, str]) -> None:
@@ -271,7 +277,7 @@ def _save_gradients(
     if not torch.isfinite(gradients).all():
         raise JobError(
             f"The gradient at the output of {model.block_name(i)} is not finite, so it tells "
-            "nothing; try other text (-c), or convert with --hessian input --uniform."
+            "nothing; other text may help (-c)."
         )
     boundaries.save(GRADIENT, i, gradients)
 

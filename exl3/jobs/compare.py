@@ -27,11 +27,11 @@ from exl3.evaluate.modelspec import ModelSpec, load_modelspecs
 from exl3.evaluate.result import Result, Storage
 from exl3.evaluate.rows import check_tokens
 from exl3.files import PARTIAL
+from exl3.memory import GIB
 from exl3.progress import Progress
 from exl3.tensor_files import LazyTensor, write_safetensors
 
 METRICS = 1  # raised when what is kept of a row changes its meaning
-GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def compare_models(request: Request) -> list[Result]:
     """Measures every model of the specs, the reference first. UserError for bad input."""
     dataspec = load_dataspec(request.dataspec)
     specs = load_modelspecs(request.modelspecs, request.mask)
-    device, note = pick_device(request.device, "-dev")
+    device, note = pick_device(request.device, "-dev", kernels=False)
     request = replace(request, device=str(device))
     for line in (*dataspec.notes, *filter(None, [note])):
         print(line)

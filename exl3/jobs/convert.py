@@ -6,6 +6,7 @@ import time
 
 from exl3 import parallel
 from exl3.devices import CPU, pick_devices
+from exl3.errors import UserError
 from exl3.format.layer import UNQUANTIZED
 from exl3.jobs import out_folder, output
 from exl3.jobs.blocks import convert_block
@@ -15,7 +16,7 @@ from exl3.jobs.inputs import Calibration, head_hessian, head_moments, head_outpu
 from exl3.jobs.job import Job, total_cost
 from exl3.jobs.plan import Plan, make_plan, shared_by_gradients
 from exl3.jobs.quantize import Wanted, quantize
-from exl3.jobs.settings import Request, Settings, forget_job, save_settings
+from exl3.jobs.settings import Request, Settings, forget_job, make_shared, save_settings
 from exl3.jobs.source import Source, open_model, open_source
 from exl3.jobs.stored import refuse_what_cannot_be_stored
 from exl3.jobs.streams import Streams
@@ -42,6 +43,7 @@ def convert(request: Request) -> None:
             save_settings(settings)
         source = open_source(settings, work, devices[0])
         save_settings(settings)
+        make_shared(settings)
         if out_folder.is_complete(settings.out_dir, source.job_id):
             work.drop_gradients()
             print(f"{settings.out_dir} is complete already")
@@ -58,6 +60,7 @@ def convert(request: Request) -> None:
         total = total_cost(settings, source, plan) + tuning_cost(settings, source, plan)
         source.model.load_embedding()
         plan, boundaries = trace_back(settings, work, source, plan)
+        refuse_other_bits(work, plan)
         if shared_by_gradients(settings):
             print(f"  by the model's own gradients: {plan.shares}")
         with Progress(total, "Converting") as progress:
@@ -73,6 +76,16 @@ def convert(request: Request) -> None:
         work.drop_gradients()
         print(f"Wrote {settings.out_dir}: {written}")
         check_quant(settings, source)
+
+
+def refuse_other_bits(work: WorkDir, plan: Plan) -> None:
+    """UserError if a finished layer has other bits than planned, as of another version's job."""
+    for key, bits in plan.bits.items():
+        if work.has_layer(key) and (found := work.layer_bits(key)) != bits:
+            raise UserError(
+                f"{work.layer_path(key)} has {found} bits, {bits} are planned: another version of "
+                "exl3 began this job; start afresh in another work folder (-w), or with -nr"
+            )
 
 
 def dry_run(request: Request) -> None:

@@ -27,10 +27,9 @@ from exl3.jobs.thrift import (
     states_bytes,
 )
 from exl3.jobs.tune_plan import STEP_TOKENS, tuned_bytes, whole_tuning_bytes
-from exl3.memory import resident_now
+from exl3.memory import GIB, resident_now
 from exl3.model.streamed import StreamedModel
 
-GIB = 2**30
 JOB_FILES = ("layers/*", "calibration.safetensors", "states.safetensors", "gradients/*")
 ENTRY = 400  # bytes of configs, index and headers for every tensor
 
@@ -117,7 +116,7 @@ def work_bytes(
         states += boundary_bytes(model, traced, settings.cal_cols)
         tokens = traced * settings.cal_cols
         if survey_folder(settings, model, tokens) and not settings.save_hessians:
-            states += output_hessian_bytes(model.linears(head=False), tokens)
+            states += output_hessian_bytes(model, range(model.num_blocks), tokens)
     states += spilled_bytes(settings, model, rows, thrift)
     return layers + rows * settings.cal_cols * 8 + states + tuned_bytes(settings, model)
 
@@ -128,10 +127,16 @@ def refuse_full_disks(
     """UserError if a disk has too little room for what the job will write to it."""
     needs: dict[int, list[tuple[Path, int]]] = {}
     partial, work = partial_folder(settings.out_dir), Path(settings.work_dir)
-    for folder, need in (
+    places = [
         (partial, output_bytes(settings, model, plan) - _present(partial, "*")),
         (work, work_bytes(settings, model, plan, rows, thrift) - _present(work, *JOB_FILES)),
-    ):
+    ]
+    if settings.save_hessians is not None:
+        tokens = min(rows, settings.hessian_rows) * settings.cal_cols
+        saved = output_hessian_bytes(model, range(model.num_blocks), tokens)
+        folder = Path(settings.save_hessians)
+        places.append((folder, saved - _present(folder, "*.safetensors")))
+    for folder, need in places:
         place = _existing(folder.parent)
         needs.setdefault(place.stat().st_dev, []).append((place, max(0, need)))
     for together in needs.values():
@@ -141,7 +146,7 @@ def refuse_full_disks(
             places = " and ".join(str(place) for place, _ in together)
             raise UserError(
                 f"the disk of {places} has {_size(free)} free, the job needs {_size(need)}; "
-                "make room, or choose another disk for -o or -w"
+                "make room, or choose other disks (-o, -w, --save_hessians)"
             )
 
 

@@ -18,10 +18,9 @@ from exl3.jobs.measure_input import Input, Layers, MadeLayers, Request, padded_w
 from exl3.jobs.measure_layers import search_cost
 from exl3.jobs.measure_shares import Shares
 from exl3.jobs.measure_sweep import Stream, forward_cost, stream_cost
+from exl3.memory import GIB
 from exl3.model.quantized import OTHER_ROPE
 from exl3.model.streamed import StreamedModel
-
-GIB = 2**30
 
 
 @dataclass(frozen=True)

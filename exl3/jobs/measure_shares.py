@@ -5,6 +5,7 @@ from math import ceil
 
 import torch
 
+from exl3.errors import JobError
 from exl3.groups import EVERY_TENSOR, Group, group
 from exl3.jobs.boundaries import Boundaries, boundary_bytes, boundary_gradients, boundary_work
 from exl3.jobs.measure_files import MeasureFiles
@@ -45,13 +46,16 @@ class Shares:
         return boundary_bytes(self.model, *self.rows.shape) if self.left else 0
 
     def make(self) -> None:
-        """What is not there yet. JobError for gradients that are not finite."""
+        """What is not there yet; a note, and nothing, where gradients are not finite."""
         if not self.left:
             return
         self.model.load_embedding()
-        with Progress(boundary_work(self.model, len(self.rows)), "Tracing back") as progress:
-            survey = Survey(self._known, self.rows.numel())
-            boundary_gradients(self.model, self._boundaries, progress, survey)
+        survey = Survey(self._known, self.rows.numel())
+        try:
+            with Progress(boundary_work(self.model, len(self.rows)), "Tracing back") as progress:
+                boundary_gradients(self.model, self._boundaries, progress, survey)
+        except JobError as error:
+            print(f"NOTE: {error} Groups are not divided.")
         self.model.free_embedding()
         self._boundaries.remove()
 

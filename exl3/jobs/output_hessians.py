@@ -4,7 +4,9 @@ Those of all blocks at once would fill disks: each block's are made while it is 
 `exl3.jobs.boundaries` keeps.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,14 @@ import torch
 from torch import nn
 
 from exl3 import parallel
+from exl3.devices import CPU
 from exl3.errors import UserError
 from exl3.jobs.boundaries import GRADIENT, WAY_OUT, Boundaries, expect
 from exl3.jobs.streams import batches, waves
 from exl3.model.gradients import OutputGradients
 from exl3.model.streamed import StreamedModel
 from exl3.quant.hessian import Hessian
+from exl3.sensitivity import share_of_tokens
 from exl3.tensor_files import LazyTensor, opened, write_safetensors
 
 MOST_OUTPUTS = 20480  # of a linear with an output-side Hessian, which takes up to 13 GB for these
@@ -49,15 +53,18 @@ class OutputHessian:
                 self._few.clear()
         self._many.add(d)
 
-    def mean(self) -> torch.Tensor:
-        """float32 (features, features), symmetric."""
-        return _mean(torch.cat(self._few)) if self._many is None else self._many.mean()
+    def mean(self, device: torch.device = CPU) -> torch.Tensor:
+        """float32 (features, features), symmetric; it was seen on this device."""
+        if self._many is None:
+            return _mean(torch.cat(self._few).to(device))
+        return self._many.mean()
 
     def content(self) -> LazyTensor:
         """What stands for it in a file: few tokens' gradients (tokens, features), or the mean."""
         if self._many is None:
-            return LazyTensor.of("gradients", torch.cat(self._few))
-        return LazyTensor("mean", (self.features, self.features), torch.float32, self.mean)
+            few = torch.cat(self._few) if self._few else torch.empty(0, self.features)
+            return LazyTensor.of("gradients", few)
+        return LazyTensor("mean", (self.features, self.features), torch.float32, self._many.mean)
 
 
 def _mean(gradients: torch.Tensor) -> torch.Tensor:
@@ -71,10 +78,10 @@ def block_output_hessians(
 ) -> dict[str, OutputHessian]:
     """Output-side Hessians of linears of block i, which computes with its original weights.
 
-    linears: key → module, as `model.block_linears(i)` gives them. A linear that no gradient comes
-    to is not in the result; tokens that an expert did not see do not count for it.
+    linears: key → module, as `model.block_linears(i)` gives them. Tokens that an expert did not see
+    do not count for it.
     """
-    hessians: dict[str, OutputHessian] = {}
+    hessians = {key: OutputHessian(linear.out_features) for key, linear in linears.items()}
 
     def gradients(part: slice) -> dict[str, torch.Tensor]:
         state, gradient = boundaries.state(i, part), boundaries.load(GRADIENT, i, part)
@@ -84,15 +91,25 @@ def block_output_hessians(
         for wave in waves(batches(boundaries.rows)):
             for found in parallel.each(gradients, wave):
                 for key, d in found.items():
-                    if len(d):
-                        hessians.setdefault(key, OutputHessian(d.shape[-1])).add(d)
+                    hessians[key].add(d)
     return hessians
 
 
-def output_hessian_bytes(linears: dict[str, nn.Linear], tokens: int) -> int:
-    """Of the Hessians of some linears, in memory or saved: 4 x out x the lesser of out and tokens
-    for each, at most."""
-    return sum(4 * m.out_features * min(m.out_features, tokens) for m in linears.values())
+def with_hessians(linears: dict[str, nn.Linear]) -> dict[str, nn.Linear]:
+    """Those of some linears that get output-side Hessians."""
+    return {key: m for key, m in linears.items() if m.out_features <= MOST_OUTPUTS}
+
+
+def output_hessian_bytes(model: StreamedModel, blocks: Iterable[int], tokens: int) -> int:
+    """Of the Hessians of some blocks, in memory or saved: 4 x out x the lesser of out and tokens
+    for each linear, of experts the tokens that they see if all get the same, which is the most."""
+    seen = ceil(share_of_tokens(model.config.get_text_config(decoder=True)) * tokens)
+    total = 0
+    for i in blocks:
+        experts = model.expert_linears(i)
+        for key, m in with_hessians(model.block_linears(i)).items():
+            total += 4 * m.out_features * min(m.out_features, seen if key in experts else tokens)
+    return total
 
 
 # -- Saved -----------------------------------------------------------------------------------------
@@ -106,12 +123,12 @@ class SavedHessian:
     features: int
     tokens: int
 
-    def mean(self) -> torch.Tensor:
-        """float32 (features, features), symmetric."""
+    def mean(self, device: torch.device = CPU) -> torch.Tensor:
+        """float32 (features, features), symmetric, computed on a device."""
         with opened(self.path, WAY_OUT) as file:
             if "mean" in file.keys():  # noqa: SIM118
-                return file.get_tensor("mean")
-            return _mean(file.get_tensor("gradients"))
+                return file.get_tensor("mean").to(device)
+            return _mean(file.get_tensor("gradients").to(device))
 
 
 def save_output_hessians(
@@ -135,8 +152,7 @@ def save_output_hessians(
 
 def all_saved(folder: str | Path, linears: dict[str, nn.Linear]) -> bool:
     """Whether a folder has the Hessians of all linears that get any."""
-    wanted = (key for key, linear in linears.items() if linear.out_features <= MOST_OUTPUTS)
-    return all((Path(folder) / f"{key}.safetensors").is_file() for key in wanted)
+    return all((Path(folder) / f"{key}.safetensors").is_file() for key in with_hessians(linears))
 
 
 def load_output_hessians(

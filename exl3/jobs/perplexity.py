@@ -23,7 +23,7 @@ def print_perplexity(
     device: str = "0",
 ) -> None:
     """Prints perplexity with its standard error. UserError for bad input."""
-    chosen, note = pick_device(device, "-dev")
+    chosen, note = pick_device(device, "-dev", kernels=False)
     if note:
         print(note)
     model = open_model(folder, trust_remote_code, device=chosen, packed=True)

@@ -356,6 +356,33 @@ def check_ranges(s: Settings) -> None:
     read_devices(s.devices)
 
 
+def _check_shared(s: Settings) -> None:
+    """UserError unless --save_hessians is a folder of its own, which no job clears away."""
+    if s.hessian == "input":
+        raise UserError("--save_hessians: --hessian input makes none; leave one of them out")
+    folder = Path(s.save_hessians)
+    for name in FOLDERS:
+        if folder.is_relative_to(getattr(s, name)):
+            raise UserError(
+                f"--save_hessians {folder} lies inside {flag(name)}; give a folder of its own"
+            )
+    if folder.is_relative_to(partial_folder(s.out_dir)) or (
+        folder.exists() and not folder.is_dir()
+    ):
+        raise UserError(f"--save_hessians {folder} can be no folder; give another")
+
+
+def make_shared(s: Settings) -> None:
+    """Makes the folder of --save_hessians. UserError where that cannot be."""
+    try:
+        if s.save_hessians is not None:
+            Path(s.save_hessians).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"--save_hessians {s.save_hessians} cannot be made ({error.strerror}); give another"
+        ) from None
+
+
 def check(s: Settings) -> None:
     """UserError for the first setting that is out of range or contradicts another."""
     check_ranges(s)
@@ -372,13 +399,13 @@ def check(s: Settings) -> None:
     for name in ("in_dir", "work_dir"):
         if Path(getattr(s, name)).is_relative_to(partial):
             raise UserError(f"{flag(name)}: the output is put together in {partial}; give another")
-    if s.save_hessians is not None and s.hessian == "input":
-        raise UserError("--save_hessians: --hessian input makes none; leave one of them out")
-    if s.uniform and s.bits != int(s.bits):
-        raise UserError(f"-b {s.bits:g} --uniform: only whole bits can be the same for all tensors")
+    if s.save_hessians is not None:
+        _check_shared(s)
     if s.uniform and (s.measurement or s.recipe):
         raise UserError(
             "--uniform: -m and --recipe give tensors different bits; leave one of them out"
         )
+    if s.uniform and s.bits != int(s.bits):
+        raise UserError(f"-b {s.bits:g} --uniform: only whole bits can be the same for all tensors")
     if not Path(s.in_dir).is_dir():
         raise UserError(f"-i {s.in_dir} is no folder; give the folder of a Hugging Face model")

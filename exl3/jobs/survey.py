@@ -4,7 +4,12 @@ from pathlib import Path
 
 from torch import nn
 
-from exl3.jobs.output_hessians import OutputHessian, output_hessian_bytes, save_output_hessians
+from exl3.jobs.output_hessians import (
+    OutputHessian,
+    output_hessian_bytes,
+    save_output_hessians,
+    with_hessians,
+)
 from exl3.jobs.plan import shared_by_gradients
 from exl3.jobs.sensitivities import Sensitivities
 from exl3.jobs.settings import Settings
@@ -32,14 +37,15 @@ class Survey:
     def begin(self, linears: dict[str, nn.Linear]) -> None:
         self._scales = {key: channel_scales(linear.weight) for key, linear in linears.items()}
         self._klds = dict.fromkeys(linears, 0.0)
-        self._hessians = {}
+        wanted = {} if self.folder is None else with_hessians(linears)
+        self._hessians = {key: OutputHessian(m.out_features) for key, m in wanted.items()}
 
     def add(self, passed: Passed) -> None:
         for key, d in passed.gradients.items():
             kld = rounding_kld(passed.inputs[key], d, self._scales[key])
             self._klds[key] += kld / self.tokens
-            if self.folder is not None and len(d):
-                self._hessians.setdefault(key, OutputHessian(d.shape[-1])).add(d)
+            if key in self._hessians:
+                self._hessians[key].add(d)
 
     def save(self, i: int) -> None:
         if self.folder is not None:
@@ -54,5 +60,5 @@ def survey_folder(settings: Settings, model: StreamedModel, tokens: int) -> Path
         return None
     if settings.save_hessians is not None:
         return Path(settings.save_hessians)
-    total = output_hessian_bytes(model.linears(head=False), tokens)
+    total = output_hessian_bytes(model, range(model.num_blocks), tokens)
     return Path(settings.work_dir) / GRADIENTS if total <= KEPT_BYTES else None

@@ -213,12 +213,9 @@ def _block_peak(settings: Settings, model: StreamedModel, i: int, rows: int, thr
         block += _entering(settings) * states
     if thrift.replay and not settings.no_correction:
         block += 2 * states
-    asked = share_of_tokens(model.config.get_text_config(decoder=True))
     if settings.hessian == "kron":
         tokens = min(rows, settings.hessian_rows) * settings.cal_cols
-        # At most: all experts get the same.
-        block += output_hessian_bytes(plain, tokens)
-        block += output_hessian_bytes(experts, ceil(asked * tokens))
+        block += output_hessian_bytes(model, [i], tokens)
     running = _running(settings, model, i)
     working = max(_linear_peak(settings, m) for m in linears.values())
     known = _known(settings, list(linears.values()), list(plain.values()))
@@ -229,7 +226,7 @@ def _block_backward(settings: Settings, model: StreamedModel, i: int, rows: int)
     """Of block i in the backward pass, and of the output-side Hessians that are kept from it."""
     tokens, hessians = rows * settings.cal_cols, 0
     if survey_folder(settings, model, tokens) is not None:
-        hessians = output_hessian_bytes(model.block_linears(i), tokens)
+        hessians = output_hessian_bytes(model, [i], tokens)
     return _bytes(model, model.block_keys(i)) + _running(settings, model, i) + hessians
 
 

@@ -1,6 +1,9 @@
 """The original's gradients, before a conversion: what they say decides who gets how many bits, and
 what they leave on the disk weighs the errors of every linear."""
 
+from contextlib import nullcontext
+
+from exl3.files import one_at_a_time
 from exl3.jobs.boundaries import Boundaries, boundary_gradients, boundary_work
 from exl3.jobs.output_hessians import all_saved
 from exl3.jobs.plan import Plan, make_plan, shared_by_gradients, traces_back
@@ -10,6 +13,7 @@ from exl3.jobs.source import Source
 from exl3.jobs.streams import spread
 from exl3.jobs.survey import Survey, survey_folder
 from exl3.jobs.workdir import WorkDir
+from exl3.model.streamed import StreamedModel
 from exl3.progress import Progress
 
 
@@ -24,15 +28,19 @@ def trace_back(
     """
     if not traces_back(settings):
         return plan, None
+    with one_at_a_time(settings.save_hessians) if settings.save_hessians else nullcontext():
+        return _trace_back(settings, work, source, plan)
+
+
+def _trace_back(
+    settings: Settings, work: WorkDir, source: Source, plan: Plan
+) -> tuple[Plan, Boundaries | None]:
     rows, model = source.rows, source.model
     picked = rows[spread(rows, settings.hessian_rows)]
     boundaries = Boundaries(work.gradients, model, picked, settings.seed)
     sensitivities, survey = None, None
     if shared_by_gradients(settings):
-        shared = settings.save_hessians  # with other jobs
-        sensitivities = Sensitivities(
-            shared or work.path, boundaries.identity, model.num_blocks, own=not shared
-        )
+        sensitivities = _sensitivities(settings, work, model, boundaries.identity)
         folder = survey_folder(settings, model, picked.numel())
         survey = Survey(sensitivities, picked.numel(), folder)
     if _wanted(settings, work, source, plan, sensitivities):
@@ -40,7 +48,20 @@ def trace_back(
             boundary_gradients(model, boundaries, progress, survey)
     if sensitivities is not None:
         plan = make_plan(settings, model, sensitivities.by_key())
-    return plan, boundaries if settings.hessian == "kron" else None
+    if settings.hessian == "kron":
+        return plan, boundaries
+    work.drop_gradients()
+    return plan, None
+
+
+def _sensitivities(
+    settings: Settings, work: WorkDir, model: StreamedModel, identity: dict[str, str]
+) -> Sensitivities:
+    """Those that the job began with, or in the folder that it shares with others."""
+    begun = Sensitivities(work.path, identity, model.num_blocks)
+    if begun.complete or settings.save_hessians is None:
+        return begun
+    return Sensitivities(settings.save_hessians, identity, model.num_blocks, own=False)
 
 
 def _wanted(

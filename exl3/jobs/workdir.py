@@ -20,6 +20,7 @@ import torch
 
 from exl3.errors import UserError
 from exl3.files import PARTIAL, take_lock, write_json
+from exl3.format.trellis import STATE_BITS
 from exl3.jobs.streams import Streams
 from exl3.tensor_files import LazyTensor, opened, write_safetensors
 
@@ -101,6 +102,11 @@ class WorkDir:
         if found is None:
             raise UserError(f"{self.layer_path(key)} is gone; resume the job to make it again")
         return found[0]
+
+    def layer_bits(self, key: str) -> int:
+        """K of a finished layer."""
+        with opened(self.layer_path(key), WAY_OUT) as file:
+            return file.get_slice("trellis").get_shape()[-1] // STATE_BITS
 
     def save_layer(
         self, key: str, tensors: dict[str, torch.Tensor], report: dict[str, float]
