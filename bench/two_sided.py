@@ -17,6 +17,7 @@ from collections.abc import Callable
 import torch
 
 from exl3 import parallel, quantize_linear
+from exl3.format.trellis import matrix_to_tiles
 from exl3.quant.hessian import Hessian, block_ldl, damped
 from exl3.quant.ldlq import ldlq
 from exl3.quant.scale import refine_scale, sample_columns, search_scale, widened_scale
@@ -80,7 +81,9 @@ def scale_regrets(bits: int, decades: float, size: int = 512) -> list[float]:
         two_sided_ldlq(error, *factors, bits, CODEBOOK)
         return objective(error, *hessians) / scale**2
 
-    plain, error = search_scale(weight[:, sample_columns(size, 128)], bits, CODEBOOK)
+    tiles = matrix_to_tiles(weight).flatten(0, 1)
+    tiles = tiles[torch.linspace(0, len(tiles) - 1, 64).long()]
+    plain, error = search_scale(tiles, torch.full((64,), 1 / 64), bits, CODEBOOK)
     sample = weight[:, sample_columns(size, 64)].contiguous()
     one_sided = refine_scale(sample, plain, factors[0], hessians[0].float(), bits, CODEBOOK)
     tried = [at(widened_scale(plain, error, *factors)), at(one_sided), at(plain)]

@@ -7,13 +7,13 @@ import exl3
 from exl3 import parallel
 from exl3.errors import UserError
 from exl3.format import decode_layer
-from exl3.format.trellis import pack
+from exl3.format.trellis import matrix_to_tiles, pack
 from exl3.ops import decode_trellis
 from exl3.quant.hessian import Hessian, block_ldl, damped
 from exl3.quant.incoherence import regularize, transform_hessian
 from exl3.quant.ldlq import ldlq, round_plain
 from exl3.quant.linear import proxy_error
-from exl3.quant.scale import search_scale
+from exl3.quant.scale import sample_tiles, search_scale
 
 
 def generator(seed=0):
@@ -118,10 +118,11 @@ def test_ldlq_targets_follow_their_formula():
 @pytest.mark.parametrize("codebook", ["3inst", "mcg", "mul1"])
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 6, 8])
 def test_error_is_near_the_trellis_limit(codebook, bits):
-    """Gaussian weights: at most 25% above Shannon's 2^-2K up to 4 bits, 65% up to 8."""
+    """Gaussian weights: at most 25% above Shannon's 2^-2K up to 4 bits, 75% up to 8, where single
+    weights beyond the codebook's range count."""
     result = exl3.quantize_linear(weights(512, 256), None, bits, codebook)
     limit = 2.0 ** (-2 * bits)
-    assert limit < result.weight_error < limit * (1.25 if bits <= 4 else 1.65)
+    assert limit < result.weight_error < limit * (1.25 if bits <= 4 else 1.75)
 
 
 def test_result_is_what_its_tensors_decode_to():
@@ -266,8 +267,44 @@ def test_automatic_output_scales_take_the_better_way():
 
 
 def test_scale_search_finds_the_least_error():
-    inner = torch.randn(512, 256, generator=generator())
-    found, error = search_scale(inner, 4, "mul1")
+    inner, even = torch.randn(64, 256, generator=generator()), torch.full((64,), 1 / 64)
+    found, error = search_scale(inner, even, 4, "mul1")
     assert 0.85 < found < 1.05  # the best one for Gaussian weights is about 0.91
     assert 0.0039 < error < 0.0050
-    assert search_scale(inner * 1.05, 4, "mul1")[0] < found
+    for factor in (1.05, 0.8, 1.3):  # far from the best for unit variance, too
+        other = search_scale(inner * factor, even, 4, "mul1")[0]
+        assert other * factor == pytest.approx(found, rel=0.02)
+
+
+def test_every_tile_counts_by_its_tail():
+    tails = torch.rand(5000, generator=generator())
+    numbers, counts = sample_tiles(tails)
+    assert float(counts.sum()) == pytest.approx(1)
+    assert len(set(numbers.tolist())) == len(numbers) == 57  # of the longest tails there are 5
+    longest = set(tails.argsort()[-5:].tolist())
+    assert longest <= set(numbers.tolist())
+    assert float(counts[[n in longest for n in numbers.tolist()]].sum()) == pytest.approx(0.001)
+    assert float((tails[numbers] * counts).sum()) == pytest.approx(float(tails.mean()), rel=0.02)
+    few, counts = sample_tiles(tails[:40])
+    assert sorted(few.tolist()) == [*range(40)] and counts.unique() == 1 / 40
+
+
+def test_tiles_and_their_tails_are_those_of_the_inner_weight():
+    w = torch.randn(128, 256, generator=generator()) * torch.logspace(-1, 1, 256)
+    regular = regularize(w, generator())
+    tails, tiles = regular.tails(), regular.tiles(torch.tensor([3, 17, 127]))
+    inner = matrix_to_tiles(regular.inner(regular.input_scales)).flatten(0, 1)
+    assert torch.allclose(tiles, inner[[3, 17, 127]], atol=1e-5)
+    assert torch.allclose(tails.flatten(), inner.pow(4).mean(1), rtol=1e-4)
+
+
+def test_rows_that_are_all_but_equal_cost_little():
+    """As of tokens that a model has hardly met: with one draw of signs and an even sample of tiles
+    their errors were 2 to 20 times those of independent rows."""
+    other = torch.randn(256, 512, generator=generator(2))
+    w, common = other.clone(), torch.randn(256, 1, generator=generator())
+    for block in range(0, 512, 128):
+        w[:, block : block + 96] = common + 0.05 * torch.randn(256, 96, generator=generator(block))
+    for seed in range(4):
+        independent = exl3.quantize_linear(other, None, 6, seed=seed).weight_error
+        assert exl3.quantize_linear(w, None, 6, seed=seed).weight_error < 2 * independent

@@ -5,7 +5,7 @@ import torch
 
 import exl3
 from exl3 import parallel
-from exl3.format.trellis import LENGTH, TILE, pack
+from exl3.format.trellis import LENGTH, TILE, matrix_to_tiles, pack
 from exl3.ops import decode_trellis
 from exl3.quant import linear
 from exl3.quant.hessian import Hessian, block_ldl, damped
@@ -104,7 +104,8 @@ def test_independent_outputs_give_the_one_sided_result():
 def test_the_computed_scale_is_near_the_best():
     weight = torch.randn(256, 256, generator=generator())
     hessians, both = factors(256, 256)
-    plain, error = search_scale(weight, 2, "mcg")
+    tiles = matrix_to_tiles(weight).flatten(0, 1)[::4]
+    plain, error = search_scale(tiles, torch.full((64,), 1 / 64), 2, "mcg")
 
     def at(scale):
         lost = weight * scale

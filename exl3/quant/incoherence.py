@@ -8,12 +8,15 @@ from dataclasses import dataclass
 import torch
 
 from exl3 import parallel
-from exl3.format.hadamard import hadamard_columns, hadamard_rows
+from exl3.format.hadamard import HADAMARD, hadamard_columns, hadamard_rows
+from exl3.format.trellis import TILE, matrix_to_tiles
 
 # Of the mean: channels with a smaller scale count as much as this in the transformed Hessian.
 LEAST_SCALE = 0.25
 
 LARGEST_SCALE = 2.0**15  # of an output channel: float16 ends at 65504
+
+DRAWS = 16  # of signs for each block of outputs
 
 PANEL = 2048  # rows or columns that are worked on at a time: a head takes gigabytes
 
@@ -29,6 +32,26 @@ class Regularized:
     def sample(self, columns: torch.Tensor) -> torch.Tensor:
         """Columns of W_inner under `input_scales`, float32 (in, len(columns))."""
         return hadamard_columns(self.half_way[:, columns] * _inverse(self.input_scales)[:, None])
+
+    def tails(self) -> torch.Tensor:
+        """Fourth moments of the tiles of W_inner under `input_scales`, float32 (in/16, out/16)."""
+        inverse = _inverse(self.input_scales)[:, None]
+        found = []
+        for panel in self.half_way.split(PANEL, 1):
+            fourth = hadamard_columns(panel * inverse).square_().square_()
+            found.append(fourth.unflatten(1, (-1, TILE)).unflatten(0, (-1, TILE)).mean((1, 3)))
+        return torch.cat(found, 1)
+
+    def tiles(self, numbers: torch.Tensor) -> torch.Tensor:
+        """Tiles of W_inner under `input_scales`, float32 (n, 256), by their numbers (n,) row by
+        row."""
+        across = self.half_way.shape[1] // TILE
+        found = []
+        for number in numbers.tolist():
+            i, j = divmod(number, across)
+            columns = torch.arange(j * TILE, (j + 1) * TILE)
+            found.append(matrix_to_tiles(self.sample(columns)[i * TILE : (i + 1) * TILE]))
+        return torch.cat(found).flatten(0, 1)
 
     def inner(self, suh: torch.Tensor) -> torch.Tensor:
         """W_inner, float32 (in, out), under the input scales suh (in,); takes half_way's place."""
@@ -46,7 +69,8 @@ def regularize(
     Channels that are all zero get the scale zero, so that they are decoded to exact zeros.
     """
     rows, columns = weight.shape
-    sign_in, sign_out = (_signs(n, generator).to(weight.device) for n in (rows, columns))
+    sign_in = _signs(rows, generator).to(weight.device)
+    signs_out = torch.stack([_signs(columns, generator) for _ in range(DRAWS)]).to(weight.device)
     out = _rms(weight, 0)
     if not out_scales:
         out = (out > 0).float() * out.square().mean().sqrt()
@@ -54,12 +78,31 @@ def regularize(
     share = _share(_rms(weight.flatten(), 0))
     while float(out.max()) * share > LARGEST_SCALE:
         share /= 2
+    sign_out = _flattest(weight * _inverse(out), signs_out)
     svh = (sign_out * out * share).half()
     inverse = _inverse(svh.float())[None, :]
     half_way = torch.empty_like(weight)
     for rows_in, rows_out in zip(weight.split(PANEL), half_way.split(PANEL), strict=True):
         rows_out.copy_(hadamard_rows(rows_in * inverse))
     return Regularized(half_way, sign_in * _rms(half_way, 1), svh)
+
+
+def _flattest(weight: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+    """Of several draws of signs (draws, out) for each block of 128 outputs those under which its
+    transform has the shortest tails, by the fourth moment. Outputs that are all but equal, as of
+    tokens that a model has hardly met, add up under unlucky signs, beyond any codebook's range.
+
+    weight: float32 (in, out), outputs of one variance.
+    """
+    moments = torch.zeros(len(draws), draws.shape[1] // HADAMARD, dtype=torch.float64)
+    for panel in weight.split(PANEL):
+        panel = panel * _inverse(_rms(panel, 1))[:, None]
+        for n, signs in enumerate(draws):
+            fourth = hadamard_rows(panel * signs).square_().square_().sum(0)
+            moments[n] += fourth.unflatten(0, (-1, HADAMARD)).sum(1).double().cpu()
+    best = moments.argmin(0).to(draws.device)
+    blocks = draws.unflatten(1, (-1, HADAMARD))
+    return blocks[best, torch.arange(len(best), device=draws.device)].flatten()
 
 
 def transform_hessian(hessian: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:

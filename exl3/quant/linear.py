@@ -17,7 +17,13 @@ from exl3.quant.hessian import DAMPING, block_ldl, damped, useless
 from exl3.quant.incoherence import PANEL, Regularized, regularize, transform_hessian
 from exl3.quant.ldlq import ldlq, round_plain
 from exl3.quant.refit import refit_output_scales
-from exl3.quant.scale import refine_scale, sample_columns, search_scale, widened_scale
+from exl3.quant.scale import (
+    refine_scale,
+    sample_columns,
+    sample_tiles,
+    search_scale,
+    widened_scale,
+)
 from exl3.quant.two_sided import two_sided_ldlq
 
 # Which ways of scaling the outputs are tried.
@@ -29,8 +35,7 @@ WIDENED = (1, 2)
 
 USELESS = 0.9  # error that no layer should have; one bit gives about 0.3
 
-# Columns of the samples that scales are searched on, without and with feedback.
-MOST_COLUMNS = MOST_LDLQ_COLUMNS = 128
+MOST_COLUMNS = 128  # of the sample that scales are searched on with feedback
 
 
 @dataclass
@@ -216,8 +221,8 @@ def _scaled(
         regular = regularize(weight, generator, with_outputs)
         scale, error = 1.0, 0.0
         if regular.input_scales.any():
-            sample = regular.sample(sample_columns(weight.shape[1], MOST_COLUMNS))
-            scale, error = search_scale(sample, bits, codebook)
+            numbers, counts = sample_tiles(regular.tails().flatten().cpu())
+            scale, error = search_scale(regular.tiles(numbers), counts, bits, codebook)
         # An error of the inner matrix reaches the output through both scales.
         through = float(regular.input_scales.square().mean() * regular.svh.float().square().mean())
         if best is None or error * through < best[0]:
@@ -348,7 +353,7 @@ def _refined(
         scale = widened_scale(scale, error, feedback.factor, feedback.factor_out)
     elif bits in WIDENED:
         columns = regular.svh.shape[0]
-        width = min(max(columns // 32, TILE), MOST_LDLQ_COLUMNS)
+        width = min(max(columns // 32, TILE), MOST_COLUMNS)
         sample = regular.sample(sample_columns(columns, width))
         scale = refine_scale(sample, scale, feedback.factor, feedback.hessian, bits, codebook)
     feedback.hessian = None

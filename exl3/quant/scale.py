@@ -3,7 +3,8 @@
 import torch
 
 from exl3 import ops, parallel
-from exl3.format.trellis import TILE, matrix_to_tiles
+from exl3.errors_by_bits import RELATIVE_ERROR
+from exl3.format.trellis import TILE
 from exl3.quant.ldlq import ldlq
 
 # Best scale of unit Gaussian weights, in units of the codebook, for K = 1..8
@@ -14,27 +15,68 @@ GAUSSIAN_SCALE = {
     "mul1": (1.122, 0.989, 0.938, 0.908, 0.879, 0.839, 0.797, 0.757),
 }
 STEP = 1.06  # ratio between the three scales that are tried
-MOST_TILES = 64  # a sample's
+# Of the tiles, from the flattest to those with the longest tails: a share, and how many of it are
+# tried. What lies beyond the codebook's range is in few tiles: in heads, whose rare tokens have all
+# but equal rows, an even sample missed most of it, and errors were ten times what they had to be.
+STRATA = ((0.9, 24), (0.09, 16), (0.009, 12), (0.001, 12))
+FARTHEST = 14  # steps from the best scale of Gaussian weights
+PATIENCE = 2  # steps that may be no better: one weight beyond the range spoils its tile, or not
+LONG_TAILS = 1.2  # times the error of Gaussian weights
 LDLQ_STEP = 0.9  # ratio between the three scales that are tried with feedback
 PROBES = 32  # random vectors that tell how much feedback widens errors
 
 
 def sample_columns(columns: int, most: int) -> torch.Tensor:
-    """Indices of at most `most` columns, in runs of 16 (a tile's width) spread over all of them."""
+    """Numbers of at most `most` columns, in runs of 16 (a tile's width) spread over all of them."""
     runs = torch.linspace(0, columns // TILE - 1, min(columns, most) // TILE).long()
     return (runs[:, None] * TILE + torch.arange(TILE)).flatten()
 
 
-def search_scale(sample: torch.Tensor, bits: int, codebook: str) -> tuple[float, float]:
+def sample_tiles(tails: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which tiles to search the scale on: numbers (n,), and what each counts (n,), 1 in all.
+
+    tails: fourth moments (tiles,); every stratum of them is represented by tiles evenly spread.
+    """
+    order, begin = tails.argsort(stable=True), 0.0
+    if len(order) <= sum(count for _, count in STRATA):
+        return order, torch.full((len(order),), 1 / len(order))
+    picked, counts = [], []
+    for share, count in STRATA:
+        first, last = round(begin * len(order)), round((begin + share) * len(order))
+        begin += share
+        own = order[first:last]
+        chosen = own[torch.linspace(0, len(own) - 1, min(count, len(own))).long()]
+        picked.append(chosen)
+        counts.append(torch.full((len(chosen),), len(own) / len(order) / max(1, len(chosen))))
+    return torch.cat(picked), torch.cat(counts)
+
+
+def search_scale(
+    tiles: torch.Tensor, counts: torch.Tensor, bits: int, codebook: str
+) -> tuple[float, float]:
     """The scale g that makes the error of trellis(g W_inner) / g smallest, and that error.
 
-    sample: columns of W_inner, float32 (in, n), about unit variance. A parabola through the errors
-    of three scales around the best one for Gaussian weights; its minimum, at most one step beyond.
+    tiles: of W_inner, float32 (n, 256), about unit variance; counts: what each counts (n,), 1 in
+    all. From the best scale for Gaussian weights on until the last PATIENCE were no better; then
+    the minimum of a parabola through the best and its neighbours.
     """
-    tiles = _some_tiles(sample)
     center = GAUSSIAN_SCALE[codebook][bits - 1]
-    errors = [_error(tiles, center * STEP**i, bits, codebook) for i in (-1, 0, 1)]
-    return center * STEP ** _lowest(errors, 2.0), min(errors)
+    errors: dict[int, float] = {}
+
+    def at(i: int) -> float:
+        if i not in errors:
+            errors[i] = _error(tiles, counts, center * STEP**i, bits, codebook)
+        return errors[i]
+
+    best = min((0, -1, 1), key=at)
+    step, last = (1 if best > 0 else -1), best
+    if best == 0 and at(0) < LONG_TAILS * RELATIVE_ERROR[codebook][bits - 1]:
+        last = -FARTHEST  # as Gaussian weights: nothing to be looked for
+    while abs(last) < FARTHEST and abs(last - best) < PATIENCE:
+        last += step
+        best = min(best, last, key=at)
+    around = [at(i) for i in (best - 1, best, best + 1)]
+    return center * STEP ** (best + _lowest(around, 1.0)), at(best)
 
 
 def refine_scale(
@@ -96,12 +138,9 @@ def _lowest(errors: list[float], most: float) -> float:
     return min(max((low - high) / (2 * curvature), -most), most)
 
 
-def _error(tiles: torch.Tensor, scale: float, bits: int, codebook: str) -> float:
+def _error(
+    tiles: torch.Tensor, counts: torch.Tensor, scale: float, bits: int, codebook: str
+) -> float:
     values, _ = ops.encode_tiles(tiles * scale, bits, codebook)
-    return (values / scale - tiles).double().square().mean().item()
-
-
-def _some_tiles(sample: torch.Tensor) -> torch.Tensor:
-    tiles = matrix_to_tiles(sample).flatten(0, 1)
-    wanted = min(MOST_TILES, tiles.shape[0])
-    return tiles[torch.linspace(0, tiles.shape[0] - 1, wanted).long()].contiguous()
+    own = (values / scale - tiles).double().square().mean(1)
+    return (own * counts.to(own)).sum().item()
