@@ -61,12 +61,19 @@ RESAMPLES = 2000
 
 @contextlib.contextmanager
 def plain() -> Iterator[None]:
-    """LDLQ as it is known: scales are not fitted again, experts' tokens all count alike."""
+    """LDLQ as it is known: signs are drawn once, the scale is searched on an even sample of tiles and
+    not fitted again, experts' tokens all count alike."""
 
     def ones(wanted: torch.Tensor, decoded: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
         return torch.ones(wanted.shape[1])
 
+    def even(tails: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        numbers = torch.linspace(0, len(tails) - 1, min(64, len(tails))).long()
+        return numbers, torch.full((len(numbers),), 1 / len(numbers))
+
     with (
+        mock.patch("exl3.quant.incoherence._flattest", lambda weight, draws: draws[0]),
+        mock.patch("exl3.quant.linear.sample_tiles", even),
         mock.patch("exl3.quant.linear.refit_output_scales", ones),
         mock.patch("exl3.jobs.experts.own_weights", torch.zeros_like),
         mock.patch("exl3.jobs.experts.token_weights", lambda shares, _: torch.ones_like(shares)),
