@@ -17,6 +17,7 @@ LEAST_SCALE = 0.25
 LARGEST_SCALE = 2.0**15  # of an output channel: float16 ends at 65504
 
 DRAWS = 16  # of signs for each block of outputs
+MOST_ROWS = 1024  # that the draws are compared on
 
 PANEL = 2048  # rows or columns that are worked on at a time: a head takes gigabytes
 
@@ -78,7 +79,7 @@ def regularize(
     share = _share(_rms(weight.flatten(), 0))
     while float(out.max()) * share > LARGEST_SCALE:
         share /= 2
-    sign_out = _flattest(weight * _inverse(out), signs_out)
+    sign_out = _flattest(weight, out, signs_out)
     svh = (sign_out * out * share).half()
     inverse = _inverse(svh.float())[None, :]
     half_way = torch.empty_like(weight)
@@ -87,20 +88,20 @@ def regularize(
     return Regularized(half_way, sign_in * _rms(half_way, 1), svh)
 
 
-def _flattest(weight: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+def _flattest(weight: torch.Tensor, scales: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
     """Of several draws of signs (draws, out) for each block of 128 outputs those under which its
     transform has the shortest tails, by the fourth moment. Outputs that are all but equal, as of
     tokens that a model has hardly met, add up under unlucky signs, beyond any codebook's range.
 
-    weight: float32 (in, out), outputs of one variance.
+    weight: float32 (in, out); scales: of the outputs (out,). On some of the inputs, evenly spread.
     """
-    moments = torch.zeros(len(draws), draws.shape[1] // HADAMARD, dtype=torch.float64)
-    for panel in weight.split(PANEL):
-        panel = panel * _inverse(_rms(panel, 1))[:, None]
-        for n, signs in enumerate(draws):
-            fourth = hadamard_rows(panel * signs).square_().square_().sum(0)
-            moments[n] += fourth.unflatten(0, (-1, HADAMARD)).sum(1).double().cpu()
-    best = moments.argmin(0).to(draws.device)
+    rows = weight[:: -(-len(weight) // MOST_ROWS)] * _inverse(scales)
+    rows = rows * _inverse(_rms(rows, 1))[:, None]
+    moments = []
+    for signs in draws:
+        fourth = hadamard_rows(rows * signs).square_().square_().sum(0)
+        moments.append(fourth.unflatten(0, (-1, HADAMARD)).sum(1))
+    best = torch.stack(moments).argmin(0)
     blocks = draws.unflatten(1, (-1, HADAMARD))
     return blocks[best, torch.arange(len(best), device=draws.device)].flatten()
 
