@@ -61,8 +61,8 @@ RESAMPLES = 2000
 
 @contextlib.contextmanager
 def plain() -> Iterator[None]:
-    """LDLQ as it is known: signs are drawn once, the scale is searched on an even sample of tiles,
-    scales are not fitted again, experts' tokens all count alike."""
+    """LDLQ as it is known: signs are drawn once, the scale is searched near the best for Gaussian
+    weights on an even sample of tiles, scales are not fitted again, experts' tokens count alike."""
 
     def ones(wanted: torch.Tensor, decoded: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
         return torch.ones(wanted.shape[1])
@@ -74,6 +74,7 @@ def plain() -> Iterator[None]:
     with (
         mock.patch("exl3.quant.incoherence._flattest", lambda weight, scales, draws: draws[0]),
         mock.patch("exl3.quant.linear.sample_tiles", even),
+        mock.patch("exl3.quant.scale.FARTHEST", 0),
         mock.patch("exl3.quant.linear.refit_output_scales", ones),
         mock.patch("exl3.jobs.experts.own_weights", torch.zeros_like),
         mock.patch("exl3.jobs.experts.token_weights", lambda shares, _: torch.ones_like(shares)),
