@@ -14,7 +14,7 @@ IGNORED = (
     ("-pm", "--parallel_mode", 0, "work is always parallel"),
     ("-mb", "--mtp_bits", 1, "MTP layers are not converted"),
     ("-vb", "--vision_bits", 1, "vision layers are not converted"),
-    ("-strat", "--strategy", 1, "bits are shared out by -b alone"),
+    ("-strat", "--strategy", 1, "bits are shared out by the model's gradients"),
     ("-img", "--image_dump", 0, "no images are drawn"),
     ("-lcpi", "--last_checkpoint_index", 1, "the state is saved to the end"),
     (None, "--max_module", 1, "every module is converted"),
@@ -42,7 +42,7 @@ HELP = {
     "mixed with others' (util/optimize.py)",
     "hessian": "kron: errors are also weighed by what outputs do to the model's predictions (one "
     "backward pass of the original); input: by their inputs alone",
-    "hessian_rows": "calibration rows of that backward pass",
+    "hessian_rows": "calibration rows of that backward pass, which also shares out the bits",
     "save_hessians": "folder for what that pass finds, which jobs with other bits take from there",
     "tune": "steps of tuning scales and norm weights after all else, kept as far as held-out "
     "calibration rows gain by it; try 40",
