@@ -15,7 +15,6 @@ from typing import Any
 from exl3 import __version__
 from exl3.errors import UserError
 from exl3.files import write_json
-from exl3.format.layer import UNQUANTIZED
 
 FORMAT = "exl3-measurement"
 VERSION = 1
@@ -316,7 +315,7 @@ def _ks(o: _Object) -> tuple[int, ...]:
 
 
 def _known_ks(found: Sequence[object], where: str) -> tuple[int, ...]:
-    if not all(type(k) is int and (1 <= k <= 8 or k == UNQUANTIZED) for k in found):
+    if not all(type(k) is int and (1 <= k <= 8 or k == 16) for k in found):
         raise ValueError(f"k of {where} is no list of numbers from 1 to 8, or 16")
     return tuple(found)
 

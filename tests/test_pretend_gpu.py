@@ -92,7 +92,8 @@ def test_rows_of_a_linear_are_encoded_without_transfers(sides):
             passed.append((len(traffic.up), len(traffic.down), traffic.waits))
             assert max(traffic.down) <= 8  # numbers
             assert max(traffic.up) <= 4 * PROBES * size  # vectors
-    assert passed[0] == passed[1]
+    # The search for a scale may take a step or two more.
+    assert all(abs(small - large) <= 8 for small, large in zip(*passed, strict=True))
 
 
 def test_corrections_are_the_same_on_a_gpu():

@@ -47,12 +47,12 @@ class Regularized:
         """Tiles of W_inner under `input_scales`, float32 (n, 256), by their numbers (n,) row by
         row."""
         across = self.half_way.shape[1] // TILE
-        found = []
-        for number in numbers.tolist():
-            i, j = divmod(number, across)
-            columns = torch.arange(j * TILE, (j + 1) * TILE)
-            found.append(matrix_to_tiles(self.sample(columns)[i * TILE : (i + 1) * TILE]))
-        return torch.cat(found).flatten(0, 1)
+        i, j = numbers // across, numbers % across
+        within = torch.arange(TILE, device=numbers.device)
+        runs = self.sample((j[:, None] * TILE + within).flatten())  # of their 16 columns each
+        runs = runs.unflatten(0, (-1, TILE)).unflatten(2, (-1, TILE))
+        each = torch.arange(len(numbers), device=numbers.device)
+        return matrix_to_tiles(runs[i, :, each].flatten(0, 1)).flatten(0, 1)
 
     def inner(self, suh: torch.Tensor) -> torch.Tensor:
         """W_inner, float32 (in, out), under the input scales suh (in,); takes half_way's place."""

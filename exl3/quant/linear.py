@@ -221,7 +221,7 @@ def _scaled(
         regular = regularize(weight, generator, with_outputs)
         scale, error = 1.0, 0.0
         if regular.input_scales.any():
-            numbers, counts = sample_tiles(regular.tails().flatten().cpu())
+            numbers, counts = sample_tiles(regular.tails().flatten())
             scale, error = search_scale(regular.tiles(numbers), counts, bits, codebook)
         # An error of the inner matrix reaches the output through both scales.
         through = float(regular.input_scales.square().mean() * regular.svh.float().square().mean())

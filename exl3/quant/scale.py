@@ -37,17 +37,18 @@ def sample_tiles(tails: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
     tails: fourth moments (tiles,); every stratum of them is represented by tiles evenly spread.
     """
-    order, begin = tails.argsort(stable=True), 0.0
+    order, begin, device = tails.argsort(stable=True), 0.0, tails.device
     if len(order) <= sum(count for _, count in STRATA):
-        return order, torch.full((len(order),), 1 / len(order))
+        return order, torch.full((len(order),), 1 / len(order), device=device)
     picked, counts = [], []
     for share, count in STRATA:
         first, last = round(begin * len(order)), round((begin + share) * len(order))
         begin += share
         own = order[first:last]
-        chosen = own[torch.linspace(0, len(own) - 1, min(count, len(own))).long()]
-        picked.append(chosen)
-        counts.append(torch.full((len(chosen),), len(own) / len(order) / max(1, len(chosen))))
+        number = min(count, len(own))
+        picked.append(own[torch.linspace(0, len(own) - 1, number, device=device).long()])
+        each = len(own) / len(order) / max(1, number)
+        counts.append(torch.full((number,), each, device=device))
     return torch.cat(picked), torch.cat(counts)
 
 
@@ -143,4 +144,4 @@ def _error(
 ) -> float:
     values, _ = ops.encode_tiles(tiles * scale, bits, codebook)
     own = (values / scale - tiles).double().square().mean(1)
-    return (own * counts.to(own)).sum().item()
+    return (own * counts).sum().item()
