@@ -60,12 +60,9 @@ RESAMPLES = 2000
 
 
 @contextlib.contextmanager
-def plain() -> Iterator[None]:
-    """LDLQ as it is known: signs are drawn once, the scale is searched near the best for Gaussian
-    weights on an even sample of tiles, scales are not fitted again, experts' tokens count alike."""
-
-    def ones(wanted: torch.Tensor, decoded: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
-        return torch.ones(wanted.shape[1])
+def long_tails() -> Iterator[None]:
+    """Signs drawn once; the scale searched near the best for Gaussian weights, on an even sample of
+    tiles."""
 
     def even(tails: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         numbers = torch.linspace(0, len(tails) - 1, min(64, len(tails))).long()
@@ -75,6 +72,20 @@ def plain() -> Iterator[None]:
         mock.patch("exl3.quant.incoherence._flattest", lambda weight, scales, draws: draws[0]),
         mock.patch("exl3.quant.linear.sample_tiles", even),
         mock.patch("exl3.quant.scale.FARTHEST", 0),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def plain() -> Iterator[None]:
+    """LDLQ as it is known: tails stay long, scales are not fitted again, experts' tokens count
+    alike."""
+
+    def ones(wanted: torch.Tensor, decoded: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
+        return torch.ones(wanted.shape[1])
+
+    with (
+        long_tails(),
         mock.patch("exl3.quant.linear.refit_output_scales", ones),
         mock.patch("exl3.jobs.experts.own_weights", torch.zeros_like),
         mock.patch("exl3.jobs.experts.token_weights", lambda shares, _: torch.ones_like(shares)),
