@@ -72,8 +72,11 @@ def take_lock(file: IO) -> bool:
 
 
 @contextlib.contextmanager
-def one_at_a_time(folder: str | Path) -> Iterator[None]:
-    """Waits for other processes that work in a folder which several share."""
+def one_at_a_time(folder: str | Path | None) -> Iterator[None]:
+    """Waits for other processes that work in a folder which several share; None: no such folder."""
+    if folder is None:
+        yield
+        return
     with open(Path(folder) / "lock", "w") as file:
         if not take_lock(file):
             print(f"Waiting for another process that works in {folder}", flush=True)

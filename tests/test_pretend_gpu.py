@@ -26,6 +26,7 @@ from exl3.jobs.source import open_model
 from exl3.jobs.thrift import GPU_THRIFTS, choose_thrift
 from exl3.jobs.workdir import WorkDir
 from exl3.measurement import read_measurement
+from exl3.quant import scale
 from exl3.quant.correction import Correction, Moments
 from exl3.quant.scale import PROBES
 
@@ -77,9 +78,15 @@ def test_a_linear_is_the_same_on_a_gpu(name):
     assert result.notes == expected.notes
 
 
+def one_scale(tiles, counts, bits, codebook):
+    return 0.9, scale._error(tiles, counts, 0.9, bits, codebook)
+
+
 @pytest.mark.parametrize("sides", [1, 2])
-def test_rows_of_a_linear_are_encoded_without_transfers(sides):
-    """What passes between memory and card does not grow with the rows and columns."""
+def test_rows_of_a_linear_are_encoded_without_transfers(sides, monkeypatch):
+    """What passes between memory and card does not grow with the rows and columns. (How many scales
+    are tried depends on the weights, so just one is.)"""
+    monkeypatch.setattr("exl3.quant.linear.search_scale", one_scale)
     passed = []
     for size in (128, 512):
         with pretend_gpus() as traffic:
@@ -92,8 +99,7 @@ def test_rows_of_a_linear_are_encoded_without_transfers(sides):
             passed.append((len(traffic.up), len(traffic.down), traffic.waits))
             assert max(traffic.down) <= 8  # numbers
             assert max(traffic.up) <= 4 * PROBES * size  # vectors
-    # The search for a scale may take a step or two more.
-    assert all(abs(small - large) <= 8 for small, large in zip(*passed, strict=True))
+    assert passed[0] == passed[1]
 
 
 def test_corrections_are_the_same_on_a_gpu():

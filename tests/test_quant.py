@@ -118,11 +118,13 @@ def test_ldlq_targets_follow_their_formula():
 @pytest.mark.parametrize("codebook", ["3inst", "mcg", "mul1"])
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 6, 8])
 def test_error_is_near_the_trellis_limit(codebook, bits):
-    """Gaussian weights: at most 25% above Shannon's 2^-2K up to 4 bits, 75% up to 8, where single
-    weights beyond the codebook's range count."""
-    result = exl3.quantize_linear(weights(512, 256), None, bits, codebook)
+    """Gaussian weights: at most 25% above Shannon's 2^-2K up to 4 bits, 65% up to 8, where single
+    weights beyond the codebook's range count: on the average of three draws of the signs."""
+    w, seeds = weights(512, 256), range(3)
+    errors = [exl3.quantize_linear(w, None, bits, codebook, seed).weight_error for seed in seeds]
     limit = 2.0 ** (-2 * bits)
-    assert limit < result.weight_error < limit * (1.25 if bits <= 4 else 1.75)
+    assert min(errors) > limit
+    assert sum(errors) / len(errors) < limit * (1.25 if bits <= 4 else 1.65)
 
 
 def test_result_is_what_its_tensors_decode_to():

@@ -7,7 +7,6 @@ a block are calibrated on what enters its original layers.
 """
 
 from collections.abc import Iterable
-from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -77,7 +76,7 @@ def _output_hessians(
     if job.boundaries is None or not missing:
         return {}
     identity, shared = job.boundaries.identity, job.settings.save_hessians
-    with one_at_a_time(shared) if shared else nullcontext():
+    with one_at_a_time(shared):
         saved = load_output_hessians(shared or job.boundaries.folder, missing, identity)
         missing = {key: linear for key, linear in missing.items() if key not in saved}
         if not missing:

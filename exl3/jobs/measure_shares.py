@@ -1,6 +1,7 @@
 """What gradients of the original say of a measurement's tensors: how a group's KLD divides."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from math import ceil
 
 import torch
@@ -61,8 +62,14 @@ class Shares:
 
     def sensitivity(self, keys: Sequence[str]) -> float:
         """Of some tensors together: KLD per unit of relative error, 0 while it is not known."""
-        known = self._known.by_key() if self._known.complete else {}
-        return sum(known.get(key, 0.0) for key in keys)
+        if not self._known.complete:
+            return 0.0
+        return sum(self._by_key.get(key, 0.0) for key in keys)
+
+    @cached_property
+    def _by_key(self) -> dict[str, float]:
+        """All sensitivities, once they are complete."""
+        return self._known.by_key()
 
 
 def tensors_of(measured: Group) -> list[Group]:

@@ -1,8 +1,6 @@
 """The original's gradients, before a conversion: what they say decides who gets how many bits, and
 what they leave on the disk weighs the errors of every linear."""
 
-from contextlib import nullcontext
-
 from exl3.files import one_at_a_time
 from exl3.jobs.boundaries import Boundaries, boundary_gradients, boundary_work
 from exl3.jobs.output_hessians import all_saved
@@ -28,7 +26,7 @@ def trace_back(
     """
     if not traces_back(settings):
         return plan, None
-    with one_at_a_time(settings.save_hessians) if settings.save_hessians else nullcontext():
+    with one_at_a_time(settings.save_hessians):
         return _trace_back(settings, work, source, plan)
 
 

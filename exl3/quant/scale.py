@@ -71,9 +71,8 @@ def search_scale(
 
     best = min((0, -1, 1), key=at)
     step, last = (1 if best > 0 else -1), best
-    if best == 0 and at(0) < LONG_TAILS * RELATIVE_ERROR[codebook][bits - 1]:
-        last = -FARTHEST  # as Gaussian weights: nothing to be looked for
-    while abs(last) < FARTHEST and abs(last - best) < PATIENCE:
+    gaussian = best == 0 and at(0) < LONG_TAILS * RELATIVE_ERROR[codebook][bits - 1]
+    while not gaussian and abs(last) < FARTHEST and abs(last - best) < PATIENCE:
         last += step
         best = min(best, last, key=at)
     around = [at(i) for i in (best - 1, best, best + 1)]
