@@ -2,13 +2,17 @@
 """Optimized quants against the straight line between plain ones, and against direct conversions.
 
     python bench/optimize_table.py MODEL --text TRAIN --judge TEXT --work FOLDER
-        [--levels 0 1 2 3] [--targets 2.25 2.5 2.75 3.25 3.5]
+        [--levels 0 1 2 3] [--targets 2.25 2.5 2.75 3.25 3.5] [--verify 32]
+        [--judge_rows 128] [--recipes]
 
 Makes quants of MODEL at 2, 3 and 4 bits (`convert.py --no_correction`), measures them at each level
-(`util/measure.py`), optimizes for each target (`util/optimize.py`), converts directly to the same
-stored bits (`convert.py -b`), and the corrected way: a recipe of the finest measurement, converted.
+(`util/measure.py`), optimizes for each target (`util/optimize.py`; above 3 bits from a quant at 5
+bits too, as a direct conversion may use so many), and converts directly to the same stored bits
+(`convert.py -b`). With --recipes also the corrected way: a recipe of the finest measurement,
+converted. All but the last tenth of TRAIN is to calibrate and measure with, the rest to choose by.
 All KLDs of the table are of the same rows of TEXT, which must not be part of TRAIN. What FOLDER has
-already is not made again.
+already is not made again, so a table can be made in parts, for some levels or targets at a time.
+Two at once need two folders.
 """
 
 import argparse
@@ -24,6 +28,7 @@ from exl3.evaluate.storage import measure_storage
 
 ROOT = Path(__file__).resolve().parents[1]
 PLAIN = (2, 3, 4)
+HELD_OUT = 0.1  # of the text
 
 
 class Study:
@@ -32,7 +37,16 @@ class Study:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.work = args, args.work
         self.work.mkdir(parents=True, exist_ok=True)
+        self.calibration, self.held_out = self.work / "calibration.txt", self.work / "held_out.txt"
+        if not self.held_out.exists():
+            self.divide(args.text.read_text())
         self.judge: Judge | None = None
+
+    def divide(self, text: str) -> None:
+        """At the end of a line."""
+        end = text.rindex("\n", 0, int((1 - HELD_OUT) * len(text))) + 1
+        self.calibration.write_text(text[:end])
+        self.held_out.write_text(text[end:])
 
     def run(self, name: str, *command: object) -> str:
         """Runs a script, keeps what it says in FOLDER/name.log."""
@@ -51,7 +65,8 @@ class Study:
             self.run(
                 name,
                 *("convert.py", "-i", a.model, "-o", out, "-w", self.work / f"{name}.work"),
-                *("-hb", 6, "-cr", 64, "-cc", 512, "-c", a.text, "--check_rows", 0, *flags),
+                *("-hb", 6, "-cr", 64, "-cc", 512, "-c", self.calibration, "--check_rows", 0),
+                *flags,
             )
         return out
 
@@ -61,19 +76,20 @@ class Study:
     def measurement(self, level: int, bits: tuple[int, ...] = PLAIN) -> Path:
         name = f"m{level}-{''.join(map(str, bits))}"
         out = self.work / f"{name}.json"
-        if not out.exists():
+        if not (out.exists() and json.loads(out.read_text())["complete"]):
             quants = [self.plain(b) for b in bits]
             command = ("util/measure.py", "-i", *quants, "-r", self.args.model, "-l", level)
-            self.run(name, *command, "-o", out, "-c", self.args.text, "-cc", 512, "-cr", 20)
+            self.run(name, *command, "-o", out, "-c", self.calibration, "-cc", 512, "-cr", 20)
         return out
 
-    def optimized(self, measurement: Path, target: float, bits: tuple[int, ...] = PLAIN) -> Path:
+    def optimized(self, measurement: Path, target: float, bits: tuple[int, ...]) -> Path:
         name = f"o{target:g}-{measurement.stem}"
         out = self.work / name
         if not out.exists():
             command = ("util/optimize.py", "-m", measurement, "-b", target, "-o", out)
             quants = [self.plain(b) for b in bits]
-            self.run(name, *command, "-i", *quants, "-r", self.args.model, "--force")
+            check = ("-r", self.args.model, "--verify", self.args.verify, "-c", self.held_out)
+            self.run(name, *command, "-i", *quants, *check, "--force")
         return out
 
     def score(self, quant: Path) -> tuple[float, float]:
@@ -81,7 +97,7 @@ class Study:
         path = quant.with_suffix(quant.suffix + ".kld.json")
         if not path.exists():
             if self.judge is None:
-                self.judge = Judge(self.args.model, self.args.judge, 32, 512)
+                self.judge = Judge(self.args.model, self.args.judge, self.args.judge_rows, 512)
             path.write_text(json.dumps(self.judge.kld(quant)))
         return measure_storage(quant).layer_bpw, float(np.mean(json.loads(path.read_text())))
 
@@ -99,6 +115,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--levels", type=int, nargs="+", default=[0, 1, 2, 3])
     parser.add_argument("--targets", type=float, nargs="+", default=[2.25, 2.5, 2.75, 3.25, 3.5])
+    parser.add_argument("--verify", type=int, default=32, help="rows that optimize.py chooses by")
+    parser.add_argument("--judge_rows", type=int, default=128)
+    parser.add_argument("--recipes", action="store_true", help="also convert by measurements")
     args = parser.parse_args()
     for name in ("model", "text", "judge", "work"):
         setattr(args, name, getattr(args, name).resolve())
@@ -110,7 +129,8 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|")
     for target in args.targets:
         for level in args.levels:
-            bits, kld = study.score(study.optimized(study.measurement(level), target))
+            quants = PLAIN if target < points[1][0] else (*PLAIN, 5)
+            bits, kld = study.score(study.optimized(study.measurement(level), target, quants))
             direct = study.convert(f"d{bits:.4f}", "-b", f"{bits - scales:.4f}", "--no_correction")
             direct_bits, direct_kld = study.score(direct)
             print(
@@ -119,10 +139,19 @@ def main() -> None:
                 flush=True,
             )
     print("\nthe measurement of 2 and 3 bits for quants of 3 and 4:")
-    other = study.measurement(max(args.levels), PLAIN[:2])
     for target in (t for t in args.targets if t > points[1][0]):
+        other = study.measurement(max(args.levels), PLAIN[:2])
         bits, kld = study.score(study.optimized(other, target, PLAIN[1:]))
-        print(f"  {target:g}: KLD {kld:.5f} at {bits:.3f} bits, line {line(points, bits):.5f}")
+        print(
+            f"  {target:g}: KLD {kld:.5f} at {bits:.3f} bits, line {line(points, bits):.5f}",
+            flush=True,
+        )
+    if args.recipes:
+        print_recipes(study, args, scales)
+
+
+def print_recipes(study: Study, args: argparse.Namespace, scales: float) -> None:
+    """scales: bits a weight that are stored besides the codes."""
     print("\nrecipes of the finest measurement, converted with all corrections:")
     for target in args.targets:
         code_bits = f"{target - scales:.4f}"

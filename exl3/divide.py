@@ -42,6 +42,7 @@ def _parts(measurement: Measurement, group: MeasuredGroup) -> list[MeasuredGroup
             bits=part.bits[0],
             k=part.k[0],
             error=group.error,
+            sensitivity=_times(group.sensitivity, part.share),
         )
         for i, part in enumerate(group.parts)
     ]

@@ -70,6 +70,7 @@ class MeasuredGroup:
     k: tuple[int, ...] = ()  # K of the layers in the base; 16: not quantized
     error: float | None = None  # relative squared error of the base's layers
     parts: tuple[Part, ...] = ()  # none: not known, or the group is a single part
+    sensitivity: float | None = None  # by gradients: KLD per unit of relative squared error
 
 
 @dataclass(frozen=True)
@@ -276,6 +277,7 @@ def _group(o: _Object) -> MeasuredGroup:
         k=_ks(o),
         error=o.number("error", None, least=0),
         parts=tuple(_part(part) for part in o.objects("parts", [])),
+        sensitivity=o.number("sensitivity", None, least=0),
     )
     if not group.layers:
         raise ValueError(f"layers of {o.where} is empty")

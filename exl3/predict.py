@@ -72,17 +72,35 @@ def _at(points: Sequence[_Point], offer: Offer, codebook: str | None) -> tuple[f
     return near.kld * error / near.layer_error, near, False
 
 
-def _points(measurement: Measurement, group: MeasuredGroup) -> list[_Point]:
-    """What was measured: the base's layers first, then every candidate's."""
+def table_errors(measurement: Measurement, group: MeasuredGroup) -> list[float]:
+    """Relative squared errors by the table: of the base's layers, then of every candidate's."""
+    return [relative_error(own, measurement.model.codebook) for own in _bits(measurement, group)]
+
+
+def measured_klds(measurement: Measurement, group: MeasuredGroup) -> list[float]:
+    """Likewise what was measured, or follows from swaps."""
+    base = group.kld
+    if base is None:
+        base = _kld_of_swaps(group, table_errors(measurement, group))
+    differences = (0.0, *(candidate.dkld for candidate in group.candidates))
+    return [max(0.0, base + difference) for difference in differences]
+
+
+def _bits(measurement: Measurement, group: MeasuredGroup) -> list[Mapping[int, float]]:
+    """K → share of the weights, likewise."""
     quants = (measurement.base, *measurement.alts)
     told = (group.k, *(candidate.k for candidate in group.candidates))
-    shares = [
+    return [
         dict.fromkeys(k or _whole(quant.bpw, quant.dir), 1.0)
         for k, quant in zip(told, quants, strict=True)
     ]
-    errors = [relative_error(share, measurement.model.codebook) for share in shares]
-    base = group.kld if group.kld is not None else _kld_of_swaps(group, errors)
-    klds = [base, *(max(0.0, base + candidate.dkld) for candidate in group.candidates)]
+
+
+def _points(measurement: Measurement, group: MeasuredGroup) -> list[_Point]:
+    """What was measured: the base's layers first, then every candidate's."""
+    shares, errors = _bits(measurement, group), table_errors(measurement, group)
+    klds = measured_klds(measurement, group)
+    base = klds[0]
     own = (group.kld_error or 0.0) / base if base > 0 else 0.0
     unsure = [own]
     for candidate in group.candidates:

@@ -24,6 +24,7 @@ from exl3 import files, parallel
 from exl3.commands.measure import main
 from exl3.data.rows import calibration_rows
 from exl3.data.tokenizer import load_tokenizer
+from exl3.divide import divided
 from exl3.errors import UserError
 from exl3.evaluate.compare import compare
 from exl3.evaluate.metrics import row_kld, row_metrics
@@ -185,6 +186,18 @@ def test_gradients_tell_the_parts_of_a_group(models, measured, tmp_path):
             own = sum(shares[key] for key in g.layers)
             for part in g.parts:
                 assert part.share == pytest.approx(shares[part.layers[0]] / own)
+
+
+@pytest.mark.parametrize("level", [1, 4])
+def test_gradients_foretell_every_group(models, measured, tmp_path, level):
+    """In units that compare across groups and levels: the sum of its tensors'."""
+    fine, other = read_measurement(measured), measure(models, tmp_path / "m.json", "-l", level)
+    by_tensor = {g.layers: g.sensitivity for g in divided(other).groups}
+    for g in fine.groups:
+        own = sum(of for layers, of in by_tensor.items() if set(layers) <= set(g.layers))
+        assert g.sensitivity == pytest.approx(own)
+        assert own > 0
+    assert fine.head.sensitivity is None
 
 
 def test_whole_quants_are_measured_too(models, measured):

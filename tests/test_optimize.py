@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import shutil
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -181,6 +182,7 @@ def test_the_best_measured_is_written_and_recorded(tiny, file, tmp_path, capsys)
     record = json.loads((tmp_path / "out" / "splice.json").read_text())
     tried = {trial["name"]: trial for trial in record["tried"]}
     assert {"q2", "q3", "q4", "the solution"} <= set(tried)
+    assert any("second best" in name for name in tried)
     splices = [trial for name, trial in tried.items() if not name.startswith("q")]
     assert record["kld"] == min(trial["kld"] for trial in splices)
     low, high = tried["q3"], tried["q4"]
@@ -217,14 +219,17 @@ def test_nothing_better_than_a_plain_quant_ends_with_code_3(
     monkeypatch,
     capsys,
 ):
+    numbers = count()
+
     def measured(original, splices, *more, **options):
-        return [splice_check.Measured(float(i), 0.1) for i in range(len(splices))]
+        return [splice_check.Measured(float(next(numbers)), 0.1) for _ in splices]
 
     monkeypatch.setattr("exl3.jobs.optimize.measure", measured)
     given = ("-m", file, "-b", 3.5, "-o", tmp_path / "out", "-r", tiny.model)
     assert run(*given) == 3
     assert "no choice of 3.5 bits beats" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+    numbers = count()
     assert run(*given, "--force") == 0
     assert (tmp_path / "out").exists()
 
@@ -365,6 +370,7 @@ def test_damaged_measurements(tiny, file, tmp_path):
         (changed(groups=[group | {"candidates": []}]), "0 candidates for 2 quants"),
         (changed(groups=[group | {"kld": "much"}]), "kld of groups"),
         (changed(groups=[group | {"kld": math.nan}]), "kld of groups"),
+        (changed(groups=[group | {"sensitivity": -1}]), "sensitivity of groups"),
         (changed(groups=[group | {"k": [9]}]), "from 1 to 8"),
         (changed(groups=[group | {"layers": []}]), "is empty"),
         (changed(method="guess"), "method is 'guess'"),

@@ -81,6 +81,7 @@ def measurement(
                 *(idx, own.keys, candidates, own.block, own.name, n, *isolated, stored[0]),
                 k=(bits[0],),
                 parts=parts_known,
+                sensitivity=sum(map(worth, own.keys)) if parts else None,
             )
         )
     described = [Quant(str(q.folder), q.bpw, 0.1 / b) for q, b in zip(quants, bits, strict=True)]

@@ -31,6 +31,7 @@ class Block:
     module: nn.Module
     linears: dict[str, nn.Linear]  # key → module, those of experts too
     experts: dict[str, LinearExperts]  # path in the block → module
+    routers: dict[str, tuple[str, nn.Module]]  # of these experts: key of the weight, module
     loaded: dict[str, torch.Tensor] = field(default_factory=dict)  # weights (out, in)
     quantized: dict[str, torch.Tensor] = field(default_factory=dict)
     output_hessians: dict[str, OutputHessian | SavedHessian] = field(default_factory=dict)
@@ -39,8 +40,9 @@ class Block:
     @classmethod
     def load(cls, model: StreamedModel, i: int) -> "Block":
         module = model.load_block(i)
-        block = cls(model, i, module, model.block_linears(i), model.block_experts(i))
-        block.loaded = {key: linear.weight.data for key, linear in block.linears.items()}
+        parts = model.block_linears(i), model.block_experts(i), model.block_routers(i)
+        block = cls(model, i, module, *parts)
+        block.loaded = {key: m.weight.data for key, m in block._weighted().items()}
         return block
 
     def free(self) -> None:
@@ -52,6 +54,10 @@ class Block:
     @property
     def name(self) -> str:
         return self.model.block_name(self.i)
+
+    def _weighted(self) -> dict[str, nn.Module]:
+        """Everything with two sets of weights: linears, and routers by the key of their weight."""
+        return self.linears | dict(self.routers.values())
 
     def plain_linears(self) -> dict[str, nn.Linear]:
         """The linears that are no experts'."""
@@ -80,6 +86,10 @@ class Block:
         linear = self.linears[key]
         weight = weight[: linear.in_features, : linear.out_features].T.contiguous()
         self.quantized[key] = linear.weight.data = weight
+
+    def settle_router(self, key: str, weight: torch.Tensor) -> None:
+        """Takes over a corrected router's weight: the quantized block computes with it."""
+        self.quantized[key] = weight.to(self.loaded[key])
 
     def replay_settled(self) -> None:
         """Spares further runs the parts of the block whose linears are all quantized."""
@@ -146,5 +156,6 @@ class Block:
         self._compute(self.loaded | self.quantized, keys)
 
     def _compute(self, weights: dict[str, torch.Tensor], keys: Iterable[str] | None) -> None:
+        weighted = self._weighted()
         for key in weights if keys is None else keys:
-            self.linears[key].weight.data = weights[key]
+            weighted[key].weight.data = weights[key]

@@ -33,6 +33,7 @@ from exl3.jobs.output_hessians import (
     with_hessians,
 )
 from exl3.jobs.quantize import Wanted, quantize
+from exl3.jobs.routers import correct_router
 from exl3.jobs.streams import SAMPLE_ROWS, Streams, enter, run_block, spread
 from exl3.model.flow import Stage, find_flow
 from exl3.quant.correction import Moments
@@ -118,6 +119,7 @@ def _quantize_in_order(
     for stage in stages:
         if stage.experts:
             job.progress.doing(f"{block.name}.{stage.keys[0]}, inputs")
+            correct_router(block, stage, streams, job.work)
             inputs.append((stage, expert_inputs(block, stage, streams)))
         elif not finished.issuperset(stage.keys):
             _quantize_stage(job, block, stage, streams)

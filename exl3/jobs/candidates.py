@@ -4,15 +4,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import floor
+from typing import Any
 
 from exl3.allocate import TOLERANCE, Options, Solution, ends_first, solution, solve
 from exl3.divide import divided, undivided
 from exl3.errors import UserError
+from exl3.foretold import foretold
 from exl3.measurement import MeasuredGroup, Measurement
 from exl3.predict import Offer, Prediction, predict
 from exl3.splice import Quant, Splice
 
-RUNNER_UP = 10  # the runner-up differs from the solution in one group of so many
+RUNNER_UP = 10  # runners-up differ from all tried before in one group of so many
+BETWEEN = 0.5  # the weight of gradients: a geometric mean of them and what was measured
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,7 @@ class Candidate:
     splice: Splice
     predicted: float  # KLD
     gap: float = 0.0
+    chosen_by: Measurement | None = None  # whose numbers; None: a quant as it is, or a plain rule
 
 
 @dataclass(frozen=True)
@@ -69,35 +73,63 @@ class Problem:
         return self.candidate(str(self.quants[number].folder), solution(self.options, picked))
 
     def candidates(self, bitrate: float) -> list[Candidate]:
-        """The best choice for a bitrate, then runners-up, all of about the same size."""
-        found = self._choices(bitrate)
-        if any(group.parts for group in self.measurement.groups):
-            whole = replace(self, measurement=undivided(self.measurement))
-            if choice := solve(whole.options, **self._limits(bitrate)):
-                found.append(whole.candidate("whole groups", choice))
+        """The best choice for a bitrate, then others, all of about the same size."""
+        best = self._chosen("the solution", self.measurement, bitrate)
+        if best is None:
+            smallest = sum(min(o.bits for o in own) for own in self.options) / self._weights
+            raise UserError(
+                f"-b {bitrate:g} is less than the smallest choice takes: {smallest:.3f} bits"
+            )
+        fine = divided(self.measurement)
+        found = [
+            best,
+            self._chosen("without caution", self.measurement, bitrate, caution=0.0),
+            self._chosen("between", foretold(fine, BETWEEN), bitrate),
+            self._chosen("by gradients", foretold(fine, 1.0), bitrate),
+            self._chosen("whole groups", undivided(self.measurement), bitrate),
+        ]
+        blocks = [group.block or 0 for group in self.groups]
+        if plain_rule := ends_first(self.options, blocks, self._limits(bitrate)["budget"]):
+            found.append(self.candidate("ends first", plain_rule))
         unique: list[Candidate] = []
-        for candidate in found:
+        for candidate in filter(None, found):
             if all(candidate.splice.origin != other.splice.origin for other in unique):
                 unique.append(candidate)
         return unique
 
-    def _choices(self, bitrate: float) -> list[Candidate]:
-        limits, options = self._limits(bitrate), self.options
-        best = solve(options, **limits)
-        if best is None:
-            smallest = sum(min(o.bits for o in own) for own in options) / self._weights
-            raise UserError(
-                f"-b {bitrate:g} is less than the smallest choice takes: {smallest:.3f} bits"
-            )
-        blocks = [group.block or 0 for group in self.groups]
-        apart = max(1, len(options) // RUNNER_UP)
-        found = {
-            "the solution": best,
-            "without caution": solve(options, **limits, caution=0.0),
-            "second best": solve(options, **limits, excluded=[best.picked], apart=apart),
-            "ends first": ends_first(options, blocks, limits["budget"]),
-        }
-        return [self.candidate(name, choice) for name, choice in found.items() if choice]
+    def near(self, best: Candidate, tried: Sequence[Candidate], bitrate: float) -> list[Candidate]:
+        """The next best by the numbers that chose one candidate, unlike all that were tried."""
+        view = replace(self, measurement=best.chosen_by)
+        excluded = [view._picked(candidate) for candidate in tried]
+        how = {"excluded": excluded, "apart": max(1, len(view.groups) // RUNNER_UP)}
+        found = []
+        for place in ("second best", "third best"):
+            name = place if best.chosen_by is self.measurement else f"{best.name}, {place}"
+            candidate = self._chosen(name, best.chosen_by, bitrate, **how)
+            if candidate is None:
+                break
+            excluded.append(view._picked(candidate))
+            found.append(candidate)
+        return found
+
+    def _chosen(
+        self, name: str, numbers: Measurement | None, bitrate: float, **how: Any
+    ) -> Candidate | None:
+        """The best choice by some numbers, with the KLD that this measurement predicts of it. None
+        without numbers, or if nothing fits. how: of `solve`."""
+        if numbers is None:
+            return None
+        view = replace(self, measurement=numbers)
+        choice = solve(view.options, **self._limits(bitrate), **how)
+        if choice is None:
+            return None
+        picked = self._picked(view.candidate(name, choice))
+        own = self.candidate(name, solution(self.options, picked, choice.gap))
+        return replace(own, chosen_by=numbers)
+
+    def _picked(self, candidate: Candidate) -> tuple[int, ...]:
+        """The quant that every group is from; the first layer's, where they differ."""
+        return tuple(candidate.splice.origin[group.layers[0]] for group in self.groups)
 
     @cached_property
     def _weights(self) -> int:

@@ -14,8 +14,9 @@ from exl3.jobs.check import check_quant
 from exl3.jobs.estimate import estimate, refuse_full_disks
 from exl3.jobs.inputs import Calibration, head_hessian, head_moments, head_output_hessian
 from exl3.jobs.job import Job, total_cost
-from exl3.jobs.plan import Plan, make_plan, shared_by_gradients
+from exl3.jobs.plan import TRACED_ROWS, Plan, make_plan, shared_by_gradients
 from exl3.jobs.quantize import Wanted, quantize
+from exl3.jobs.routers import router_keys
 from exl3.jobs.settings import Request, Settings, forget_job, make_shared, save_settings
 from exl3.jobs.source import Source, open_model, open_source
 from exl3.jobs.stored import refuse_what_cannot_be_stored
@@ -109,8 +110,8 @@ def convert_blocks(job: Job) -> Streams:
     if job.thrift.spill:
         streams.spill = Spill(job.work.path)
     first = job.work.load_states(streams)
-    if any(m.block < first and not job.work.has_layer(m.key) for m in job.plan.modules):
-        first, streams.quantized, streams.original = 0, None, None  # a layer was lost
+    if _lost(job, first):
+        first, streams.quantized, streams.original = 0, None, None
     job.progress.skip(sum(job.block_cost(i) for i in range(first)))
     for i in range(first, job.source.model.num_blocks):
         convert_block(job, i, streams)
@@ -120,6 +121,14 @@ def convert_blocks(job: Job) -> Streams:
             job.work.save_states(i + 1, streams)
             job.saved = time.monotonic()
     return streams
+
+
+def _lost(job: Job, blocks: int) -> bool:
+    """Whether anything is missing of what the first blocks gave."""
+    routers = router_keys(job.source.model, blocks) if job.corrects else []
+    return any(m.block < blocks and not job.work.has_layer(m.key) for m in job.plan.modules) or any(
+        not job.work.has_router(key) for key in routers
+    )
 
 
 def convert_head(job: Job, streams: Streams) -> None:
@@ -136,7 +145,7 @@ def convert_head(job: Job, streams: Streams) -> None:
         seen = head_hessian(model, streams.rows, streams.quantized, streams.batches())
     by_outputs = None
     if job.settings.hessian == "kron":
-        by_outputs = head_output_hessian(model, streams, job.settings.hessian_rows)
+        by_outputs = head_output_hessian(model, streams, job.settings.hessian_rows or TRACED_ROWS)
     quantize(job, [Wanted(key, head, head.weight, lambda: by_outputs)], Calibration.of(seen))
     model.free_tail()
 

@@ -13,7 +13,7 @@ from exl3.errors import UserError
 from exl3.format.directory import small_files
 from exl3.jobs.boundaries import boundary_bytes
 from exl3.jobs.output_hessians import output_hessian_bytes
-from exl3.jobs.plan import Plan, traces_back
+from exl3.jobs.plan import Plan, gradient_rows, traces_back
 from exl3.jobs.settings import Settings, partial_folder
 from exl3.jobs.stored import stored_modules
 from exl3.jobs.survey import survey_folder
@@ -112,7 +112,7 @@ def work_bytes(
     streams = 1 if settings.no_correction else 2
     states = 2 * streams * states_bytes(settings, model, rows)  # old and new
     if traces_back(settings):
-        traced = min(rows, settings.hessian_rows)
+        traced = gradient_rows(settings, model, rows)
         states += boundary_bytes(model, traced, settings.cal_cols)
         tokens = traced * settings.cal_cols
         if survey_folder(settings, model, tokens) and not settings.save_hessians:
@@ -132,7 +132,7 @@ def refuse_full_disks(
         (work, work_bytes(settings, model, plan, rows, thrift) - _present(work, *JOB_FILES)),
     ]
     if settings.save_hessians is not None:
-        tokens = min(rows, settings.hessian_rows) * settings.cal_cols
+        tokens = gradient_rows(settings, model, rows) * settings.cal_cols
         saved = output_hessian_bytes(model, range(model.num_blocks), tokens)
         folder = Path(settings.save_hessians)
         places.append((folder, saved - _present(folder, "*.safetensors")))
@@ -160,7 +160,7 @@ def _seconds(settings: Settings, model: StreamedModel, plan: Plan) -> float:
     a_product = _timed(lambda: matrix @ matrix) / size**3 / parallel.threads()
     key, head = model.head()
     searched = plan.weights + (head.weight.numel() if key in plan.bits else 0)
-    return searched * a_weight * 1.2 + plan.weights * _passes(settings) * a_product
+    return searched * a_weight * 1.2 + plan.weights * _passes(settings, model) * a_product
 
 
 def _timed(work: Callable[[], torch.Tensor]) -> float:
@@ -171,13 +171,13 @@ def _timed(work: Callable[[], torch.Tensor]) -> float:
     return time.monotonic() - began
 
 
-def _passes(settings: Settings) -> float:
+def _passes(settings: Settings, model: StreamedModel) -> float:
     """How many tokens every weight meets, in forwards or in products that take about as long."""
     # Two forwards and a Hessian; with two streams there are parts of forwards for every stage.
     tokens = settings.cal_rows * (3.0 if settings.no_correction else 8.0)
     if settings.hessian == "kron":
         # Two forwards and backwards, and the Hessian of the outputs.
-        tokens += 8.0 * min(settings.hessian_rows, settings.cal_rows)
+        tokens += 8.0 * gradient_rows(settings, model, settings.cal_rows)
     return tokens * settings.cal_cols + 4.0 * settings.tune * STEP_TOKENS
 
 

@@ -42,7 +42,8 @@ HELP = {
     "mixed with others' (util/optimize.py)",
     "hessian": "kron: errors are also weighed by what outputs do to the model's predictions (one "
     "backward pass of the original); input: by their inputs alone",
-    "hessian_rows": "calibration rows of that backward pass, which also shares out the bits",
+    "hessian_rows": "calibration rows of that backward pass, which also shares out the bits "
+    "(default: 16; of experts up to 64, if they are short)",
     "save_hessians": "folder for what that pass finds, which jobs with other bits take from there",
     "tune": "steps of tuning scales and norm weights after all else, kept as far as held-out "
     "calibration rows gain by it; try 40",

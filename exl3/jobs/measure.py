@@ -1,7 +1,8 @@
 """A measurement: what the bits of each group of modules are worth, in KL divergence from the
 original model.
 
-First gradients back through the original, which tell how a group's KLD divides among its tensors.
+First gradients back through the original, which foretell what every tensor costs, and so how a
+group's KLD divides.
 Then the original forwards, every quant as a whole, and every group of every quant by itself, many
 side by side in one sweep through the blocks. What is finished is kept, and the file written anew.
 """
@@ -75,7 +76,7 @@ def _identity(request: Request, found: Input) -> dict[str, object]:
 def _measure(request: Request, found: Input, files: MeasureFiles, job: str) -> Measurement:
     """Does what is not done yet."""
     targets = make_targets(request, found, files)
-    shares = Shares(found.original, found.rows, targets.groups, files)
+    shares = Shares(found.original, found.rows, files)
     plan = Plan(request, found, targets, files, shares)
     results = Results(request, found, targets, files, shares, job)
     files.save_out(results.measurement())

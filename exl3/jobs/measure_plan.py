@@ -154,8 +154,8 @@ class Plan:
             lines.append(f"  {len(targets.parts) - len(self.left)} candidates are measured already")
         if self.shares.left:
             lines.append(
-                f"  gradients of {self.shares.rows.numel():,} tokens first, to divide each "
-                "group's KLD among its tensors"
+                f"  gradients of {self.shares.rows.numel():,} tokens first, to foretell what "
+                "each tensor costs"
             )
         count = len(self.passes)
         states = (self._together() + 1) * self._state_bytes(rows)

@@ -91,13 +91,16 @@ class Results:
         g = self.targets.groups[idx]
         names = [group_stream(idx, q) for q in range(len(self.targets.layers))]
         found = self._measured(idx, g.block, g.name, g.keys, names)
-        return found and replace(found, parts=self._parts(g))
+        whole = self.shares.sensitivity(g.keys)
+        return found and replace(found, parts=self._parts(g, whole), sensitivity=whole)
 
-    def _parts(self, measured: Group) -> tuple[Part, ...]:
-        """What is known of a group's tensors; none if it is a single one."""
+    def _parts(self, measured: Group, whole: float | None) -> tuple[Part, ...]:
+        """A group's tensors, as far as they are known; none if it is a single one.
+
+        whole: the group's sensitivity.
+        """
         tensors = tensors_of(measured)
-        whole = self.shares.sensitivity(measured.keys)
-        if len(tensors) < 2 or not whole > 0:
+        if len(tensors) < 2 or not whole:
             return ()
         return tuple(self._part(t, self.shares.sensitivity(t.keys) / whole) for t in tensors)
 

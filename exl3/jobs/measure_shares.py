@@ -1,4 +1,5 @@
-"""What gradients of the original say of a measurement's tensors: how a group's KLD divides."""
+"""What gradients of the original say of a measurement's tensors: what their errors cost, and so how
+a group's KLD divides."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -16,30 +17,23 @@ from exl3.jobs.survey import Survey
 from exl3.model.streamed import StreamedModel
 from exl3.progress import Progress
 
-SHARE_TOKENS = 4096  # that gradients go back from: ratios, not sums, are asked of them
+TOKENS = 8192  # that gradients go back from
 
 
 class Shares:
     """The sensitivities of all tensors, as far as they are known, kept with the measurement."""
 
-    def __init__(
-        self,
-        model: StreamedModel,
-        rows: torch.Tensor,
-        groups: Sequence[Group],
-        files: MeasureFiles,
-    ) -> None:
+    def __init__(self, model: StreamedModel, rows: torch.Tensor, files: MeasureFiles) -> None:
         """rows: ids (rows, cols) of the measurement."""
         self.model = model
-        self.rows = rows[spread(rows, ceil(SHARE_TOKENS / rows.shape[1]))]
-        self.wanted = any(len(tensors_of(g)) > 1 for g in groups)
+        self.rows = rows[spread(rows, ceil(TOKENS / rows.shape[1]))]
         self._boundaries = Boundaries(files.gradients, model, self.rows, seed=0)
         self._known = Sensitivities(files.path, self._boundaries.identity, model.num_blocks)
 
     @property
     def left(self) -> bool:
         """Whether gradients have to go through the model."""
-        return self.wanted and not self._known.complete
+        return not self._known.complete
 
     @property
     def disk_bytes(self) -> int:
@@ -56,14 +50,14 @@ class Shares:
             with Progress(boundary_work(self.model, len(self.rows)), "Tracing back") as progress:
                 boundary_gradients(self.model, self._boundaries, progress, survey)
         except JobError as error:
-            print(f"NOTE: {error} Groups are not divided.")
+            print(f"NOTE: {error} Groups are measured only, not divided.")
         self.model.free_embedding()
         self._boundaries.remove()
 
-    def sensitivity(self, keys: Sequence[str]) -> float:
-        """Of some tensors together: KLD per unit of relative error, 0 while it is not known."""
+    def sensitivity(self, keys: Sequence[str]) -> float | None:
+        """Of some tensors together: KLD per unit of relative error, None while it is not known."""
         if not self._known.complete:
-            return 0.0
+            return None
         return sum(self._by_key.get(key, 0.0) for key in keys)
 
     @cached_property

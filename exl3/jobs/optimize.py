@@ -107,21 +107,22 @@ def _best(
     rows = held_out_rows(request.original, request.verify, request.text, request.trust_remote_code)
     if problem.measurement.rows and problem.measurement.rows.hash == rows_hash(rows):
         raise UserError("--verify would use the very rows of the measurement; give other text (-c)")
+
+    def tried(candidates: Sequence[Candidate]) -> list[Trial]:
+        splices = [candidate.splice for candidate in candidates]
+        given = (request.original, splices, rows, notes, request.trust_remote_code)
+        found = measure(*given, device=device)
+        return [Trial(c, m) for c, m in zip(candidates, found, strict=True)]
+
     below = max(i for i, q in enumerate(problem.quants) if q.bpw <= request.bitrate)
     above = min(below + 1, len(problem.quants) - 1)
     plain = {i: problem.plain(i) for i in sorted({0, below, above})}
-    everything = [*plain.values(), *candidates]
-    found = measure(
-        request.original,
-        [candidate.splice for candidate in everything],
-        rows,
-        notes,
-        request.trust_remote_code,
-        device=device,
-    )
-    trials = [Trial(c, m) for c, m in zip(everything, found, strict=True)]
+    trials = tried([*plain.values(), *candidates])
     plain_trials = dict(zip(plain, trials, strict=False))
-    best = min(trials[len(plain) :], key=lambda trial: trial.measured.kld)
+    first = _lowest([trial for trial in trials if trial.candidate.chosen_by]).candidate
+    if more := problem.near(first, candidates, request.bitrate):
+        trials += tried(more)
+    best = _lowest(trials[len(plain) :])
     line = _line(plain_trials[below], plain_trials[above], best.candidate.splice.bpw)
     _print_table(trials, best, rows)
     _judge(request, best, plain_trials[below], line)
@@ -133,6 +134,10 @@ def _best(
         "tried": [_told(trial) for trial in trials],
     }
     return best.candidate, record
+
+
+def _lowest(trials: Sequence[Trial]) -> Trial:
+    return min(trials, key=lambda trial: trial.measured.kld)
 
 
 def _line(low: Trial, high: Trial, bpw: float) -> float:

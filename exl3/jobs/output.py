@@ -14,9 +14,10 @@ from exl3.format.directory import (
 from exl3.format.layer import UNQUANTIZED
 from exl3.jobs import out_folder
 from exl3.jobs.plan import Plan
+from exl3.jobs.routers import corrected_routers
 from exl3.jobs.settings import Settings
 from exl3.jobs.source import Source
-from exl3.jobs.stored import stored_modules, with_tuned
+from exl3.jobs.stored import stored_modules, with_made
 from exl3.jobs.tune import RESULT
 from exl3.jobs.workdir import WorkDir
 from exl3.model.rope import with_rope
@@ -28,7 +29,8 @@ def write(settings: Settings, work: WorkDir, source: Source, plan: Plan) -> str:
     folder = out_folder.begin(settings.out_dir, source.job_id)
     stored = list(stored_modules(settings, source.model, plan, work.load_layer))
     tuned, tuning = work.load_tuning(RESULT) or ({}, None)
-    stored = [with_tuned(module, tuned) for module in stored]
+    routers = corrected_routers(source.model, work)
+    stored = [with_made(module, routers | tuned) for module in stored]
     write_weights(folder, stored, out_folder.shard_bytes(settings.shard_size))
     config = with_rope(read_config(origin), source.model.rope_parameters)
     quantization = quantization_config(settings, source, plan, stored)

@@ -33,7 +33,7 @@ class Settings:
     uniform: bool = False
     no_correction: bool = False
     hessian: str = "kron"
-    hessian_rows: int = 16
+    hessian_rows: int | None = None  # None: `gradient_rows`
     save_hessians: str | None = None
     tune: int = 0  # steps; 0: scales stay as they are found
     cal_rows: int = 250
@@ -77,12 +77,14 @@ HARMLESS = (
 )
 DEFINING = tuple(f.name for f in dataclasses.fields(Settings) if f.name not in HARMLESS)
 JOB_NAMES = (
-    *("job.json", "identity.json", "check.json", "lock", "layers", "experts", "gradients"),
-    *("calibration.safetensors", "states.safetensors", "tuned", "sensitivities.json"),
+    *("job.json", "identity.json", "check.json", "lock", "layers", "routers", "experts"),
+    *("calibration.safetensors", "states.safetensors", "gradients", "tuned"),
+    "sensitivities.json",
 )
 FORGOTTEN = (  # with a job
     *("calibration.safetensors", "states.safetensors", "layers/*.safetensors"),
-    *("experts/*.json", "gradients/*.safetensors", "tuned/*.safetensors", "tuned/way.json"),
+    *("routers/*.safetensors", "experts/*.json", "gradients/*.safetensors"),
+    *("tuned/*.safetensors", "tuned/way.json"),
 )
 FOLDERS = ("in_dir", "out_dir", "work_dir")
 SHORT = {

@@ -104,9 +104,10 @@ def _load(model: StreamedModel, key: str, dtype: torch.dtype) -> torch.Tensor:
     return cast
 
 
-def with_tuned(module: StoredModule, tuned: dict[str, torch.Tensor]) -> StoredModule:
-    """A module with tuned tensors in the place of those with the same key, shape and dtype."""
-    tensors = (LazyTensor.of(t.key, tuned[t.key]) if t.key in tuned else t for t in module.tensors)
+def with_made(module: StoredModule, made: dict[str, torch.Tensor]) -> StoredModule:
+    """A module with corrected and tuned tensors in the place of those with the same key, shape and
+    dtype."""
+    tensors = (LazyTensor.of(t.key, made[t.key]) if t.key in made else t for t in module.tensors)
     return replace(module, tensors=tuple(tensors))
 
 

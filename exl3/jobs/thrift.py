@@ -14,7 +14,7 @@ from exl3.format.hadamard import HADAMARD
 from exl3.format.layer import padded
 from exl3.jobs.boundaries import boundary_memory
 from exl3.jobs.output_hessians import WHOLE_HEAD, output_hessian_bytes
-from exl3.jobs.plan import Plan, traces_back
+from exl3.jobs.plan import Plan, gradient_rows, traces_back
 from exl3.jobs.settings import Settings
 from exl3.jobs.streams import BATCH_TOKENS, SAMPLE_ROWS
 from exl3.jobs.survey import survey_folder
@@ -129,7 +129,7 @@ def peak_bytes(
         return computing_bytes(settings, model, plan, rows, thrift)
     kept = 0 if thrift.spill or thrift.on_card else _kept_states(settings, model, rows)
     if traces_back(settings):
-        kept += boundary_memory(model, min(rows, settings.hessian_rows), settings.cal_cols)
+        kept += boundary_memory(model, gradient_rows(settings, model, rows), settings.cal_cols)
     # Tensors on their way from the files to the card and back: the largest is the embedding.
     return CUDA_BYTES + kept + 2 * _bytes(model, model.embedding_keys())
 
@@ -191,7 +191,7 @@ def _largest(
     ]
     parts.append(("the head", _head_peak(settings, model, plan)))
     if traces_back(settings):
-        passed = min(rows, settings.hessian_rows)
+        passed = gradient_rows(settings, model, rows)
         blocks = range(model.num_blocks)
         backward = max(_block_backward(settings, model, i, passed) for i in blocks)
         backward += boundary_memory(model, passed, settings.cal_cols)
@@ -214,7 +214,7 @@ def _block_peak(settings: Settings, model: StreamedModel, i: int, rows: int, thr
     if thrift.replay and not settings.no_correction:
         block += 2 * states
     if settings.hessian == "kron":
-        tokens = min(rows, settings.hessian_rows) * settings.cal_cols
+        tokens = gradient_rows(settings, model, rows) * settings.cal_cols
         block += output_hessian_bytes(model, [i], tokens)
     running = _running(settings, model, i)
     working = max(_linear_peak(settings, m) for m in linears.values())

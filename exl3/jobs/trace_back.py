@@ -4,7 +4,7 @@ what they leave on the disk weighs the errors of every linear."""
 from exl3.files import one_at_a_time
 from exl3.jobs.boundaries import Boundaries, boundary_gradients, boundary_work
 from exl3.jobs.output_hessians import all_saved
-from exl3.jobs.plan import Plan, make_plan, shared_by_gradients, traces_back
+from exl3.jobs.plan import Plan, gradient_rows, make_plan, shared_by_gradients, traces_back
 from exl3.jobs.sensitivities import Sensitivities
 from exl3.jobs.settings import Settings
 from exl3.jobs.source import Source
@@ -34,7 +34,7 @@ def _trace_back(
     settings: Settings, work: WorkDir, source: Source, plan: Plan
 ) -> tuple[Plan, Boundaries | None]:
     rows, model = source.rows, source.model
-    picked = rows[spread(rows, settings.hessian_rows)]
+    picked = rows[spread(rows, gradient_rows(settings, model, len(rows)))]
     boundaries = Boundaries(work.gradients, model, picked, settings.seed)
     sensitivities, survey = None, None
     if shared_by_gradients(settings):

@@ -28,7 +28,9 @@ class Opened:
 def open_block(job: Job, i: int) -> Opened:
     """Block i, loaded, with its finished layers. Close the part and free the block afterwards."""
     job.source.model.load_block(i)
-    return _open(job, i, job.source.model.block_linears(i))
+    routers = job.source.model.block_routers(i).values()
+    corrected = {m: job.work.load_router(key) for key, m in routers if job.work.has_router(key)}
+    return _open(job, i, job.source.model.block_linears(i), corrected)
 
 
 def open_tail(job: Job) -> Opened:
@@ -36,10 +38,15 @@ def open_tail(job: Job) -> Opened:
     model = job.source.model
     model.load_tail()
     key, head = model.head()
-    return _open(job, TAIL, {key: head} if key in job.plan.bits else {})
+    return _open(job, TAIL, {key: head} if key in job.plan.bits else {}, {})
 
 
-def _open(job: Job, which: int | str, linears: dict[str, nn.Linear]) -> Opened:
+def _open(
+    job: Job,
+    which: int | str,
+    linears: dict[str, nn.Linear],
+    routers: dict[nn.Module, torch.Tensor],
+) -> Opened:
     model = job.source.model
     norms, stored, used, weights = model.norms(which), {}, {}, {}
     for key, linear in linears.items():
@@ -53,7 +60,7 @@ def _open(job: Job, which: int | str, linears: dict[str, nn.Linear]) -> Opened:
         dtype = stored_dtype(key, model.checkpoint.dtype(key), embedding=False)
         kept[key] = model.checkpoint.tensor(key).to(dtype)
         used[key] = len(kept[key])
-    return Opened(TunablePart(linears, weights, norms, kept), stored | kept, used)
+    return Opened(TunablePart(linears, weights, norms, kept, routers), stored | kept, used)
 
 
 def add_up(found: Iterable[Gradients]) -> Gradients:

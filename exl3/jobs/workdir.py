@@ -6,6 +6,7 @@ identity.json          hashes of source and rows: what the job works on
 layers/KEY.safetensors one finished linear
 gradients/             what `exl3.jobs.boundaries` keeps, until the quant is written
 states.safetensors     the hidden states that enter a block, and which block
+routers/KEY.safetensors  one router's corrected weight
 experts/NAME.json      how many tokens routing sent to each expert
 tuned/way.json         how the job tunes
 tuned/NAME.safetensors a tuning under way; as `result`, every tensor that it made another
@@ -130,6 +131,26 @@ class WorkDir:
                 path.unlink()
         if self.gradients.is_dir() and not any(self.gradients.iterdir()):
             self.gradients.rmdir()
+
+    # Corrected routers
+
+    def save_router(self, key: str, weight: torch.Tensor) -> None:
+        """key: of the weight."""
+        self._router_path(key).parent.mkdir(exist_ok=True)
+        write_safetensors(self._router_path(key), [LazyTensor.of("weight", weight)])
+
+    def has_router(self, key: str) -> bool:
+        return self._router_path(key).is_file()
+
+    def load_router(self, key: str) -> torch.Tensor:
+        """The corrected weight."""
+        found = _read(self._router_path(key))
+        if found is None:
+            raise UserError(f"{self._router_path(key)} is gone; resume the job to make it again")
+        return found[0]["weight"]
+
+    def _router_path(self, key: str) -> Path:
+        return self.path / "routers" / f"{key}.safetensors"
 
     # Tokens that routing sent to experts
 

@@ -44,6 +44,16 @@ def _is_stacked(module: nn.Module) -> bool:
     return {name for name, _ in module.named_parameters()} == weights | biases
 
 
+def is_router(module: nn.Module, num_experts: int) -> bool:
+    """Whether a module's own weight has a row for each expert, and multiplies what enters it: there
+    is nothing in it that could come before."""
+    parameters = dict(module.named_parameters())
+    if not {"weight"} <= parameters.keys() <= {"weight", "bias"}:
+        return False
+    weight = parameters["weight"]
+    return weight.dim() == 2 and len(weight) == num_experts
+
+
 def check_expert_count(experts: dict[str, nn.Module], source: TensorSource) -> None:
     """Before linears are made: config.json asks for no more experts than there are tensors."""
     most = sum(1 for _ in source.keys())  # noqa: SIM118

@@ -31,6 +31,7 @@ from exl3.model.experts import (
     check_expert_count,
     find_experts,
     find_stack,
+    is_router,
 )
 from exl3.model.fused import SplitCheckpoint, split_linears
 from exl3.model.rope import Rope
@@ -262,6 +263,22 @@ class StreamedModel:
         """Block i's experts: path in the block → module."""
         modules = self._blocks[i].named_modules()
         return {name: module for name, module in modules if isinstance(module, LinearExperts)}
+
+    def block_routers(self, i: int) -> dict[str, tuple[str, nn.Module]]:
+        """What chooses among block i's experts: path of the experts in the block → the checkpoint's
+        key of the router's weight, and the router.
+
+        That is a module beside them with a row of weights for each, and nothing else that could
+        stand between its input and those; where none or several are like that, it is not known.
+        """
+        found = {}
+        for path, experts in self.block_experts(i).items():
+            around, _, _ = f"{self.block_name(i)}.{path}".rpartition(".")
+            beside = self._model.get_submodule(around).named_children()
+            routers = [(n, m) for n, m in beside if is_router(m, experts.num_experts)]
+            if len(routers) == 1 and (key := self._keys.get(f"{around}.{routers[0][0]}.weight")):
+                found[path] = key, routers[0][1]
+        return found
 
     def norms(self, part: Part) -> dict[str, nn.Module]:
         """The norms with a weight in a block (its number) or in TAIL: the checkpoint's key of that

@@ -13,8 +13,8 @@ class TunablePart:
     """A loaded part that computes with decoded layers, times gains on both sides (see
     `exl3.quant.tuning`), and with norm weights times gains; or as it was loaded.
 
-    weights: key → what a linear's layer decodes to, (out, in); norms: key → stored weight. The
-    hooks stay until `close`.
+    weights: key → what a linear's layer decodes to, (out, in); norm_weights: key → stored weight;
+    fixed: other weights of the tuned part, which stay as they are. The hooks stay until `close`.
     """
 
     def __init__(
@@ -23,6 +23,7 @@ class TunablePart:
         weights: Mapping[str, torch.Tensor],
         norms: Mapping[str, nn.Module],
         norm_weights: Mapping[str, torch.Tensor],
+        fixed: Mapping[nn.Module, torch.Tensor],
     ) -> None:
         self.leaves: dict[str, torch.Tensor] = {}
         device = next(linear.weight.device for linear in (*linears.values(), *norms.values()))
@@ -34,6 +35,9 @@ class TunablePart:
             own = nn.Parameter(weights[key].to(device), requires_grad=False)
             self._weights.append((linear, linear.weight, own))
             self._hook(key, linear)
+        for module, weight in fixed.items():
+            own = nn.Parameter(weight.to(module.weight), requires_grad=False)
+            self._weights.append((module, module.weight, own))
         for key, norm in norms.items():
             self.leaves[key] = nn.Parameter(self._bases[key].clone())
             self._weights.append((norm, norm.weight, self.leaves[key]))

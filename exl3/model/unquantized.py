@@ -1,4 +1,4 @@
-"""Linears of a block that stay as they are."""
+"""Linears of a block that are not quantized."""
 
 # The part of a module's path that tells them, and why.
 LEFT_ALONE = {

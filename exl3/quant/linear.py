@@ -16,7 +16,7 @@ from exl3.format.trellis import TILE, pack
 from exl3.quant.hessian import DAMPING, block_ldl, damped, useless
 from exl3.quant.incoherence import PANEL, Regularized, regularize, transform_hessian
 from exl3.quant.ldlq import ldlq, round_plain
-from exl3.quant.refit import refit_output_scales
+from exl3.quant.refit import refit_output_scales, refit_scales
 from exl3.quant.scale import (
     refine_scale,
     sample_columns,
@@ -106,14 +106,25 @@ def quantize_linear(
             tensors[codebook] = marker
         decoded = _decoded(tensors, weight.shape)
         if sides and not _uniform(tensors["svh"]):
-            factors = refit_output_scales(wanted, decoded, hessian)
-            svh = tensors["svh"][: len(factors)]
-            svh.copy_((svh.float() * factors).half())
+            if sides == 2:
+                into, out = refit_scales(wanted, decoded, hessian, output_hessian.to(device))
+                _multiply(tensors["suh"], into)
+            else:
+                out = refit_output_scales(wanted, decoded, hessian)
+            _multiply(tensors["svh"], out)
             decoded = _decoded(tensors, weight.shape)
         lost = weight_error(wanted, decoded)
         proxy = proxy_error(wanted, decoded, hessian) if sides else None
         notes += _lost(lost, proxy, sides)
         return QuantizedLinear(tensors, decoded, bits, codebook, lost, proxy, notes)
+
+
+def _multiply(scales: torch.Tensor, factors: torch.Tensor) -> None:
+    """Takes factors into scales (float16); those of padding stay as they are, and those that would
+    be beyond float16."""
+    used = scales[: len(factors)]
+    found = (used.float() * factors).half()
+    used.copy_(torch.where(torch.isfinite(found), found, used))
 
 
 def _uniform(svh: torch.Tensor) -> bool:
