@@ -9,7 +9,7 @@ from exl3 import parallel
 from exl3.errors import JobError
 from exl3.jobs.block import Block
 from exl3.jobs.inputs import stage_moments
-from exl3.jobs.streams import Streams, run_block
+from exl3.jobs.streams import BATCH_TOKENS, Streams, run_block
 from exl3.model.flow import find_flow
 from exl3.model.replay import Replay
 from exl3.model.streamed import StreamedModel
@@ -71,6 +71,59 @@ def test_of_a_tuple_the_first_is_kept():
         assert given[1:] == (None, None)
 
 
+class Ended(nn.Module):
+    """Ends in a linear, or in something behind it; counts how often all of it computes."""
+
+    def __init__(self, behind=None):
+        super().__init__()
+        self.calls, self.last, self.behind = 0, nn.Linear(4, 4), behind
+
+    def forward(self, x):
+        self.calls += 1
+        y = self.last(x.sin())
+        return (y if self.behind is None else self.behind(y)), None
+
+
+@pytest.mark.parametrize("behind, calls", [(None, 1), (torch.relu, 3)])
+def test_a_module_that_ends_in_a_linear_is_computed_from_there(behind, calls):
+    module, replay = Ended(behind), Replay()
+    xs = [torch.randn(3, 4) for _ in range(3)]
+    replay.watch(module.last)
+    for n, x in enumerate(xs):
+        with replay.of(n):
+            module(x)
+    module.last.weight.data = torch.randn(4, 4)  # quantized meanwhile
+    module.calls = 0
+    replay.settle(module)
+    for _ in range(2):
+        for n, x in enumerate(xs):
+            with replay.of(n):
+                given = module(x)
+            y = module.last(x.sin())
+            assert torch.equal(given[0], y if behind is None else behind(y))
+            assert given[1] is None
+    assert module.calls == calls  # the first tells whether its end is the linear's
+    with replay.of("another run"):
+        assert torch.equal(module(xs[0] + 1)[0], module.forward(xs[0] + 1)[0])
+    replay.clear()
+    assert not module.last._forward_pre_hooks
+
+
+def test_an_overwritten_input_is_computed_again():
+    module, replay, xs = Ended(), Replay(), [torch.randn(3, 4) for _ in range(2)]
+    entered = []
+    module.last.register_forward_pre_hook(lambda _, args: entered.append(args[0]))
+    replay.watch(module.last)
+    for n, x in enumerate(xs):
+        with replay.of(n):
+            module(x)
+    entered[1].zero_()
+    replay.settle(module)
+    for n, x in enumerate(xs):
+        with replay.of(n):
+            assert torch.equal(module(x)[0], module.last(x.sin()))
+
+
 def test_what_was_overwritten_is_not_given_back():
     module, replay = Counted(), Replay()
     replay.settle(module)
@@ -94,7 +147,10 @@ def test_moments_and_states_are_the_same_with_and_without(tmp_path, monkeypatch,
         stages = find_flow(model, 0, block.module, block.linears, {}, streams.rows[:2], None)
         seen = []
         for stage in stages:
-            moments = stage_moments(block, stage, streams)
+            advance = replayed and stage is stages[-1]
+            if replayed and len(stage.keys) == 1:
+                block.replay_last(stage.keys[0])
+            moments = stage_moments(block, stage, streams, advance)
             seen += [moments.hessian.mean(), moments.shift()]
             seen += [] if stage.residual is None else [moments.residual()]
             for key in stage.keys:
@@ -102,7 +158,8 @@ def test_moments_and_states_are_the_same_with_and_without(tmp_path, monkeypatch,
             if replayed:
                 block.replay_settled()
         assert bool(block.replay._forwards) == replayed
-        block.advance_original(streams)
+        if not advance:
+            block.advance_original(streams)
         block.advance_quantized(streams)
         original, quantized = streams.original, streams.quantized
         block.replay.clear()
@@ -135,3 +192,26 @@ def test_replay_spares_forwards(tmp_path):
     for _ in range(3):
         stage_moments(block, stage, streams)
     assert len(calls) == 2  # once a stream
+
+
+def test_attention_runs_once_a_stream_and_batch(tmp_path):
+    """But for the first batch, which tells that its output is that of its last linear."""
+    save_tiny("llama", tmp_path, num_hidden_layers=1)
+    model = StreamedModel(tmp_path, dtype=torch.float32)
+    model.load_embedding()
+    block = Block.load(model, 0)
+    calls = []
+    block.module.self_attn.q_proj.register_forward_hook(lambda *_: calls.append(1))
+    streams = Streams(tiny_rows(6, BATCH_TOKENS), paired=True)
+    stages = find_flow(model, 0, block.module, block.linears, {}, streams.rows[:1], None)
+    block.quantized = {key: block.loaded[key].clone() for key in stages[0].keys}
+    (o,) = stages[1].keys
+    block.replay_last(o)
+    calls.clear()
+    stage_moments(block, stages[1], streams)
+    block.quantized[o] = block.loaded[o].clone()
+    block.replay_settled()
+    for stage in stages[2:]:
+        stage_moments(block, stage, streams)
+    block.advance_original(streams)
+    assert len(calls) == 2 * 6 + 1

@@ -91,13 +91,25 @@ class Block:
         """Takes over a corrected router's weight: the quantized block computes with it."""
         self.quantized[key] = weight.to(self.loaded[key])
 
+    def replay_last(self, key: str) -> None:
+        """Before a linear is quantized: remembers what enters it, where all others of its part of
+        the block are quantized already; if that takes no more than the part's output."""
+        linear = self.linears[key]
+        missing = [own - self.quantized.keys() for own in self._parts().values()]
+        if {key} in missing and linear.in_features <= linear.out_features:
+            self.replay.watch(linear)
+
     def replay_settled(self) -> None:
         """Spares further runs the parts of the block whose linears are all quantized."""
-        keys = self.keys()
-        for child in self.module.children():
-            own = {keys[m] for m in child.modules() if m in keys}
-            if own and self.quantized.keys() >= own:
+        for child, own in self._parts().items():
+            if own <= self.quantized.keys():
                 self.replay.settle(child)
+
+    def _parts(self) -> dict[nn.Module, set[str]]:
+        """The children of the block that have linears, and the keys of these."""
+        keys = self.keys()
+        found = {c: {keys[m] for m in c.modules() if m in keys} for c in self.module.children()}
+        return {child: own for child, own in found.items() if own}
 
     def forget(self, key: str) -> None:
         """Gives back the memory of an original weight that nobody needs any more."""
@@ -122,11 +134,15 @@ class Block:
         """Moves the quantized model's stream behind the block."""
         streams.quantized = self._advance(streams, streams.quantized, self.run_quantized)
 
+    def behind(self, streams: Streams, states: torch.Tensor | None) -> torch.Tensor:
+        """Where a stream's states behind the block go: in the place of those before it."""
+        hidden = self.model.config.get_text_config(decoder=True).hidden_size
+        return streams.empty(*streams.rows.shape, hidden) if states is None else states
+
     def _advance(
         self, streams: Streams, states: torch.Tensor | None, run: Callable[..., list[Any]]
     ) -> torch.Tensor:
-        hidden = self.model.config.get_text_config(decoder=True).hidden_size
-        out = streams.empty(*streams.rows.shape, hidden) if states is None else states
+        out = self.behind(streams, states)
         for wave in streams.waves():
             outputs = run(streams, wave, partial(self.model.run_block, self.i))
             for part, output in zip(wave, outputs, strict=True):

@@ -116,17 +116,24 @@ def _quantize_in_order(
     for key in finished.intersection(block.plain_linears()):
         block.settle(key, job.work)
     inputs: list[tuple[Stage, ExpertInputs]] = []
+    advanced = False
     for stage in stages:
         if stage.experts:
             job.progress.doing(f"{block.name}.{stage.keys[0]}, inputs")
             correct_router(block, stage, streams, job.work)
             inputs.append((stage, expert_inputs(block, stage, streams)))
         elif not finished.issuperset(stage.keys):
-            _quantize_stage(job, block, stage, streams)
-            if job.thrift.replay and stage is not stages[-1]:
+            last = stage is stages[-1]
+            again = job.thrift.replay and not last
+            if again and len(stage.keys) == 1:
+                block.replay_last(stage.keys[0])
+            _quantize_stage(job, block, stage, streams, last)
+            advanced = last
+            if again:
                 block.replay_settled()
-    job.progress.doing(f"{block.name}, advancing the original")
-    block.advance_original(streams)
+    if not advanced:
+        job.progress.doing(f"{block.name}, advancing the original")
+        block.advance_original(streams)
     for key in block.plain_linears():
         if key in block.quantized:
             block.forget(key)
@@ -136,9 +143,10 @@ def _quantize_in_order(
     return streams.original[spread(streams.rows, SAMPLE_ROWS)]
 
 
-def _quantize_stage(job: Job, block: Block, stage: Stage, streams: Streams) -> None:
+def _quantize_stage(job: Job, block: Block, stage: Stage, streams: Streams, last: bool) -> None:
+    """last: nothing will be asked of the original any more, whose stream moves behind the block."""
     job.progress.doing(f"{stage.keys[0]}, calibrating")
-    _quantize_alike(job, block, stage.keys, stage_moments(block, stage, streams))
+    _quantize_alike(job, block, stage.keys, stage_moments(block, stage, streams, last))
     for key in stage.keys:
         block.settle(key, job.work)
 

@@ -83,24 +83,34 @@ def sum_hessians(runs: Iterable[list[Captured]]) -> list[tuple[tuple[str, ...], 
     return list(hessians.items())
 
 
-def stage_moments(block: Block, stage: Stage, streams: Streams) -> Moments:
+def stage_moments(block: Block, stage: Stage, streams: Streams, advance: bool = False) -> Moments:
     """What enters a stage in the quantized model, what enters it in the original, and what the
-    residual stream lacks there."""
+    residual stream lacks there.
+
+    advance: moves the original's stream behind the block, in the same forwards.
+    """
     linear = block.linears[stage.keys[0]]
     places = [linear]
     if stage.residual is not None:
         places.insert(0, block.module.get_submodule(stage.residual.place))
     outputs = linear.out_features if len(places) > 1 else None
     moments = Moments(linear.in_features, outputs, block.model.device)
+    behind = block.behind(streams, streams.original) if advance else None
     with Taps(block.model, block.i, places) as taps:
         for wave in streams.waves():
-            originals = block.run_original(streams, wave, taps.run)
+            run = taps.run_through if advance else taps.run
+            originals = block.run_original(streams, wave, run)
             quantized = block.run_quantized(streams, wave, taps.run)
-            for of, q in zip(originals, quantized, strict=True):
+            for part, of, q in zip(wave, originals, quantized, strict=True):
+                of, output = of if advance else (of, None)
                 residual = None
                 if stage.residual is not None:
                     residual = tokens(of[0][0] - q[0][0]) / stage.residual.scale
                 moments.add(tokens(q[-1][0]), tokens(of[-1][0]), residual)
+                if advance:
+                    behind[part] = output
+    if advance:
+        streams.original = behind
     return moments
 
 

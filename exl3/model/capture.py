@@ -96,8 +96,8 @@ def _tokens(seen: list[_Seen]) -> torch.Tensor:
 class Taps(Hooks):
     """Runs block i up to one of its modules and tells what went into some of them on the way.
 
-    modules: of the block, the last of which is where the run ends. The hooks are there inside the
-    `with` only; `run` may be called from several threads at once.
+    modules: of the block, the last of which is where `run` ends. The hooks are there inside the
+    `with` only; runs may be made in several threads at once.
     """
 
     def __init__(self, model: StreamedModel, i: int, modules: Sequence[nn.Module]):
@@ -112,8 +112,11 @@ class Taps(Hooks):
         def tap(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if self._local.seen is None:
                 return
-            self._local.seen[n] = (*args, *kwargs.values())
-            if n == len(self.modules) - 1:
+            self._local.seen[n] = seen = (*args, *kwargs.values())
+            if self._local.through:
+                # Copies: what comes after may change them.
+                self._local.seen[n] = tuple(x.clone() if torch.is_tensor(x) else x for x in seen)
+            elif n == len(self.modules) - 1:
                 raise Stop(None)
 
         return tap
@@ -122,17 +125,31 @@ class Taps(Hooks):
         self, input_ids: torch.Tensor, state: torch.Tensor | None
     ) -> list[tuple[Any, ...]] | None:
         """The arguments of each module's call; None if the last was not called at all."""
+        return self._run(input_ids, state, False)[0]
+
+    def run_through(
+        self, input_ids: torch.Tensor, state: torch.Tensor | None
+    ) -> tuple[list[tuple[Any, ...]] | None, torch.Tensor]:
+        """The same of a run that does not end there, and the block's output."""
+        return self._run(input_ids, state, True)
+
+    def _run(
+        self, input_ids: torch.Tensor, state: torch.Tensor | None, through: bool
+    ) -> tuple[list[tuple[Any, ...]] | None, torch.Tensor]:
         seen = self._local.seen = {}
+        self._local.through = through
         try:
-            self.model.run_block(self.i, input_ids, state)
+            output = self.model.run_block(self.i, input_ids, state)
         finally:
             self._local.seen = None
-        last = len(self.modules) - 1
-        return [seen[n] for n in range(len(self.modules))] if last in seen else None
+        if len(self.modules) - 1 not in seen:
+            return None, output
+        return [seen[n] for n in range(len(self.modules))], output
 
 
 class _LocalTaps(threading.local):
     seen: dict[int, tuple[Any, ...]] | None = None
+    through: bool = False
 
 
 def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
