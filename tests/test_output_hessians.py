@@ -32,7 +32,9 @@ from exl3.jobs.output_hessians import (
     save_output_hessians,
     with_hessians,
 )
+from exl3.jobs.plan import gradient_rows
 from exl3.jobs.sensitivities import Sensitivities
+from exl3.jobs.settings import Settings
 from exl3.jobs.survey import Survey
 from exl3.model.capture import capture_inputs
 from exl3.model.gradients import OutputGradients, sample_targets, token_uniforms
@@ -362,6 +364,28 @@ def test_of_experts_a_share_of_the_tokens_is_expected(tmp_path):
     tokens = 24  # fewer than any linear has outputs; an expert sees half of them
     total = sum(4 * m.out_features * (12 if k in experts else 24) for k, m in linears.items())
     assert output_hessian_bytes(model, [0], tokens) == total
+
+
+@pytest.mark.parametrize(
+    "kind, cols, given, rows, expected",
+    [
+        ("llama", 512, None, 100, 16),
+        ("llama", 512, None, 9, 9),
+        ("mixtral", 512, None, 100, 64),  # as many tokens as 16 rows of 2048 have
+        ("mixtral", 1024, None, 100, 32),
+        ("mixtral", 2048, None, 100, 16),
+        ("mixtral", 8192, None, 100, 16),
+        ("mixtral", 64, None, 100, 64),
+        ("mixtral", 512, None, 40, 40),
+        ("mixtral", 512, 5, 100, 5),
+        ("llama", 512, 80, 100, 80),
+    ],
+)
+def test_rows_that_go_back_through_the_original(tmp_path, kind, cols, given, rows, expected):
+    sizes = {"num_local_experts": 4} if kind == "mixtral" else {}
+    save_tiny(kind, tmp_path, **sizes)
+    settings = Settings("/in", "/out", "/work", bits=2, cal_cols=cols, hessian_rows=given)
+    assert gradient_rows(settings, StreamedModel(tmp_path), rows) == expected
 
 
 def test_tokens_that_a_linear_does_not_see_do_not_count(tmp_path, small_batches):

@@ -13,6 +13,7 @@ from torch import nn
 from exl3.jobs.block import Block
 from exl3.jobs.inputs import DAMPING
 from exl3.jobs.routers import correct_router, corrected_routers
+from exl3.jobs.settings import forget_job
 from exl3.jobs.streams import Streams
 from exl3.jobs.workdir import WorkDir
 from exl3.model.experts import is_router
@@ -23,13 +24,21 @@ EXPERTS = 4
 GATE = "model.layers.{}.block_sparse_moe.gate.weight"
 
 
-@pytest.fixture
-def model(tmp_path):
-    folder = tmp_path / "model"
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "model"
     sizes = {"num_hidden_layers": 2, "num_local_experts": EXPERTS, "vocab_size": 300}
     save_tiny("mixtral", folder, **sizes)
     save_tokenizer(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def converted(model, tmp_path_factory):
+    """A folder with a quant, `out`, and the work folder of its job; never to be touched."""
+    base = tmp_path_factory.mktemp("converted")
+    run(*flags(model, base / "out", base / "work"))
+    return base
 
 
 def stored(folder: Path) -> dict[str, torch.Tensor]:
@@ -89,44 +98,35 @@ def test_a_corrected_router_gives_the_originals_logits_as_far_as_it_can(model, t
     assert list(corrected_routers(source, work)) == [GATE.format(1)]
 
 
-def test_a_quant_has_the_corrected_routers_and_plain_ones_the_originals(model, tmp_path):
-    run(*flags(model, tmp_path / "out", tmp_path / "work"))
-    plain = flags(model, tmp_path / "plain", tmp_path / "plain_work")
-    run(*plain, "--no_correction")
-    source, made, left = stored(model), stored(tmp_path / "out"), stored(tmp_path / "plain")
-    work = WorkDir(tmp_path / "work")
+def test_a_quant_has_the_corrected_routers_and_plain_ones_the_originals(model, converted, tmp_path):
+    run(*flags(model, tmp_path / "out", tmp_path / "work"), "--no_correction", "--hessian", "input")
+    source, made, plain = stored(model), stored(converted / "out"), stored(tmp_path / "out")
+    work = WorkDir(converted / "work")
     for key in (GATE.format(0), GATE.format(1)):
         assert torch.equal(made[key], work.load_router(key))
         assert not torch.equal(made[key].float(), source[key].float())
-        assert torch.equal(left[key].float(), source[key].half().float())
-    assert not (tmp_path / "plain_work" / "routers").exists()
+        assert torch.equal(plain[key].float(), source[key].half().float())
+    assert not (tmp_path / "work" / "routers").exists()
 
 
-@pytest.mark.parametrize("lost", ["routers", "model.layers.1.mlp"])
-def test_what_is_lost_is_made_again_in_the_same_bytes(model, tmp_path, lost):
-    given = flags(model, tmp_path / "out", tmp_path / "work")
-    run(*given)
-    before = stored(tmp_path / "out")
-    shutil.rmtree(tmp_path / "out")
-    if lost == "routers":
-        (tmp_path / "work" / "routers" / f"{GATE.format(0)}.safetensors").unlink()
-    else:
-        for path in (tmp_path / "work" / "layers").glob("model.layers.1.*experts.2*"):
-            path.unlink()
-    run(*given)
-    after = stored(tmp_path / "out")
+@pytest.mark.parametrize("lost", ["routers/*.layers.0.*", "layers/model.layers.1.*experts.2*"])
+def test_what_is_lost_is_made_again_in_the_same_bytes(model, converted, tmp_path, lost):
+    shutil.copytree(converted / "work", tmp_path / "work")
+    gone = list((tmp_path / "work").glob(lost))
+    assert gone
+    for path in gone:
+        path.unlink()
+    run(*flags(model, tmp_path / "out", tmp_path / "work"))
+    before, after = stored(converted / "out"), stored(tmp_path / "out")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
-def test_starting_afresh_forgets_them(model, tmp_path):
-    given = flags(model, tmp_path / "out", tmp_path / "work")
-    run(*given)
-    kept = tmp_path / "work" / "routers" / f"{GATE.format(0)}.safetensors"
-    began = kept.stat().st_mtime_ns
-    shutil.rmtree(tmp_path / "out")
-    run(*given, "-nr")
-    assert kept.stat().st_mtime_ns > began
+def test_a_job_is_forgotten_with_them(converted, tmp_path):
+    shutil.copytree(converted / "work", tmp_path / "work")
+    assert WorkDir(tmp_path / "work").has_router(GATE.format(0))
+    forget_job(tmp_path / "work")
+    assert not WorkDir(tmp_path / "work").has_router(GATE.format(0))
 
 
 def test_what_is_a_router():
