@@ -6,10 +6,11 @@
         [--judge_rows 128] [--recipes]
 
 Makes quants of MODEL at 2, 3 and 4 bits (`convert.py --no_correction`), measures them at each level
-(`util/measure.py`), optimizes for each target (`util/optimize.py`; above 3 bits from a quant at 5
-bits too, as a direct conversion may use so many), and converts directly to the same stored bits
-(`convert.py -b`). With --recipes also the corrected way: a recipe of the finest measurement,
-converted. All but the last tenth of TRAIN is to calibrate and measure with, the rest to choose by.
+(`util/measure.py`), optimizes for each target (`util/optimize.py`; below 3 bits from a quant of one
+bit too, above from one of five, for a direct conversion may use so many), and converts directly to
+the same stored bits (`convert.py -b`). With --recipes also the corrected way: a recipe of the
+finest measurement, converted. All but the last tenth of TRAIN is to calibrate and measure with, the
+rest to choose by.
 All KLDs of the table are of the same rows of TEXT, which must not be part of TRAIN. What FOLDER has
 already is not made again, so a table can be made in parts, for some levels or targets at a time.
 Two at once need two folders.
@@ -129,7 +130,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|")
     for target in args.targets:
         for level in args.levels:
-            quants = PLAIN if target < points[1][0] else (*PLAIN, 5)
+            quants = (1, *PLAIN) if target < points[1][0] else (*PLAIN, 5)
             bits, kld = study.score(study.optimized(study.measurement(level), target, quants))
             direct = study.convert(f"d{bits:.4f}", "-b", f"{bits - scales:.4f}", "--no_correction")
             direct_bits, direct_kld = study.score(direct)

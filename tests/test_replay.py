@@ -1,5 +1,7 @@
 """Parts of a block that are done with give back what they gave, bit for bit."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from tiny_models import save_tiny, tiny_rows
@@ -174,19 +176,24 @@ def test_moments_and_states_are_the_same_with_and_without(tmp_path, monkeypatch,
     assert all(torch.equal(a, b) for a, b in zip(plain, replayed, strict=True))
 
 
-def test_replay_spares_forwards(tmp_path):
-    save_tiny("llama", tmp_path, num_hidden_layers=1)
-    model = StreamedModel(tmp_path, dtype=torch.float32)
+def counted(folder: Path, linear: str) -> tuple[Block, list[int]]:
+    """A block, and a list that grows with every call of a linear of its attention."""
+    save_tiny("llama", folder, num_hidden_layers=1)
+    model = StreamedModel(folder, dtype=torch.float32)
     model.load_embedding()
-    block = Block.load(model, 0)
-    calls = []
-    block.module.self_attn.o_proj.register_forward_hook(lambda *_: calls.append(1))
+    block, calls = Block.load(model, 0), []
+    getattr(block.module.self_attn, linear).register_forward_hook(lambda *_: calls.append(1))
+    return block, calls
+
+
+def test_replay_spares_forwards(tmp_path):
+    block, calls = counted(tmp_path, "o_proj")
     streams = Streams(tiny_rows(6, 16), paired=True)
     for key in [key for key in block.linears if "self_attn" in key]:
         block.quantized[key] = block.loaded[key].clone()
     block.replay_settled()
     down = next(key for key in block.linears if "down_proj" in key)
-    stages = find_flow(model, 0, block.module, block.linears, {}, streams.rows, None)
+    stages = find_flow(block.model, 0, block.module, block.linears, {}, streams.rows, None)
     stage = next(stage for stage in stages if stage.keys == (down,))
     calls.clear()
     for _ in range(3):
@@ -196,14 +203,9 @@ def test_replay_spares_forwards(tmp_path):
 
 def test_attention_runs_once_a_stream_and_batch(tmp_path):
     """But for the first batch, which tells that its output is that of its last linear."""
-    save_tiny("llama", tmp_path, num_hidden_layers=1)
-    model = StreamedModel(tmp_path, dtype=torch.float32)
-    model.load_embedding()
-    block = Block.load(model, 0)
-    calls = []
-    block.module.self_attn.q_proj.register_forward_hook(lambda *_: calls.append(1))
+    block, calls = counted(tmp_path, "q_proj")
     streams = Streams(tiny_rows(6, BATCH_TOKENS), paired=True)
-    stages = find_flow(model, 0, block.module, block.linears, {}, streams.rows[:1], None)
+    stages = find_flow(block.model, 0, block.module, block.linears, {}, streams.rows[:1], None)
     block.quantized = {key: block.loaded[key].clone() for key in stages[0].keys}
     (o,) = stages[1].keys
     block.replay_last(o)
