@@ -28,9 +28,13 @@ from exl3.data.tokenizer import load_tokenizer
 from exl3.evaluate.metrics import row_metrics
 from exl3.evaluate.stream import stream_logits
 from exl3.files import write_json
+from exl3.jobs.block import Block
+from exl3.jobs.blocks import convert_block
 from exl3.jobs.convert import convert
 from exl3.jobs.flags import convert_parser
+from exl3.jobs.job import Job
 from exl3.jobs.settings import read_request
+from exl3.jobs.streams import Streams, run_block
 from exl3.model.quantized import open_model
 
 PLAIN = ["--no_correction", "--hessian", "input"]
@@ -76,16 +80,33 @@ def long_tails() -> Iterator[None]:
         yield
 
 
+def convert_behind_quantized(job: Job, i: int, streams: Streams) -> None:
+    """The next block is calibrated on what leaves this one quantized."""
+    entering = streams.original
+
+    def later(block: Block, streams: Streams) -> None:
+        streams.original = block.behind(streams, None)
+
+    with mock.patch.object(Block, "advance_original", later):
+        convert_block(job, i, streams)
+    block = Block.load(job.source.model, i)
+    for key in block.linears:
+        block.settle(key, job.work)
+    run_block(block.model, i, streams.rows, entering, out=streams.original)
+    block.free()
+
+
 @contextlib.contextmanager
 def plain() -> Iterator[None]:
-    """LDLQ as it is known: tails stay long, scales are not fitted again, experts' tokens count
-    alike."""
+    """LDLQ as it is known: calibrated behind quantized blocks, tails stay long, scales are not
+    fitted again, experts' tokens count alike."""
 
     def ones(wanted: torch.Tensor, decoded: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
         return torch.ones(wanted.shape[1])
 
     with (
         long_tails(),
+        mock.patch("exl3.jobs.convert.convert_block", convert_behind_quantized),
         mock.patch("exl3.quant.linear.refit_output_scales", ones),
         mock.patch("exl3.jobs.experts.own_weights", torch.zeros_like),
         mock.patch("exl3.jobs.experts.token_weights", lambda shares, _: torch.ones_like(shares)),

@@ -38,7 +38,7 @@ def layers(args: argparse.Namespace) -> Iterator[tuple[torch.Tensor, torch.Tenso
         for keys, hessian in block_hessians(block, list(block.linears), streams):
             for key in keys:
                 yield block.loaded[key].T.clone(), hessian.mean()
-        streams.quantized = run_block(model, i, rows, streams.quantized)
+        streams.original = run_block(model, i, rows, streams.original)
         block.free()
 
 

@@ -100,12 +100,12 @@ def test_counts_and_shares(inputs):
 
 def test_a_dead_experts_hessians_are_those_of_all_tokens(block, inputs):
     everything = Hessian(64)
-    everything.add(inputs.quantized)
+    everything.add(inputs.entering)
     moments = input_moments(inputs, DEAD)
     assert torch.allclose(moments.hessian.mean(), everything.mean(), atol=1e-5)
-    shift = inputs.quantized.T @ (inputs.original - inputs.quantized) / 200
+    shift = inputs.entering.T @ (inputs.original - inputs.entering) / 200
     assert torch.allclose(moments.shift(), shift, atol=1e-5)
-    hidden = inputs.experts.hidden(DEAD, inputs.quantized)
+    hidden = inputs.experts.hidden(DEAD, inputs.entering)
     expected = hidden.T @ hidden / 200
     assert torch.allclose(hidden_hessian(inputs, DEAD).mean(), expected, rtol=1e-3, atol=1e-4)
     # It makes up for nothing: no token comes to it.
@@ -116,10 +116,10 @@ def test_a_dead_experts_hessians_are_those_of_all_tokens(block, inputs):
 @pytest.mark.parametrize("e", [POOR, FED])
 def test_the_fewer_its_tokens_the_more_count_all_others(inputs, e):
     asked = inputs.shares(e) > 0
-    own, count = inputs.quantized[asked], int(asked.sum())
+    own, count = inputs.entering[asked], int(asked.sum())
     weights = inputs.shares(e)[asked].square()
     plain = (own.T * weights) @ own / weights.sum()
-    everything = inputs.quantized.T @ inputs.quantized / 200
+    everything = inputs.entering.T @ inputs.entering / 200
     trusted = count / (count + SHARED_TOKENS * 64)
     hessian = input_moments(inputs, e).hessian.mean()
     assert torch.allclose(hessian, trusted * plain + (1 - trusted) * everything, atol=1e-4)
@@ -133,9 +133,9 @@ def test_what_is_lacking_counts_for_its_own_tokens_only(block, inputs):
     moments = hidden_moments(inputs, POOR, block, keys)
     weights = token_weights(inputs.shares(POOR), 96)
     block.compute_quantized(keys)
-    xq = inputs.experts.hidden(POOR, inputs.quantized)
+    xq = inputs.experts.hidden(POOR, inputs.entering)
     block.compute_original(keys)
-    xf = inputs.experts.hidden(POOR, inputs.quantized)
+    xf = inputs.experts.hidden(POOR, inputs.entering)
     left = xq * weights[:, None] / weights.sum()
     wanted = torch.zeros(200, 64)
     for token in (7, 90):
@@ -157,7 +157,7 @@ def test_inputs_are_what_routing_gives(block, monkeypatch):
     for part in streams.batches():
         block.model.run_block(0, streams.rows[part], None)
     x, index, share = (torch.cat(parts) for parts in zip(*given, strict=True))
-    assert torch.equal(inputs.quantized, x)
+    assert torch.equal(inputs.entering, x)
     assert torch.equal(inputs.original, x)  # nothing is quantized yet
     assert torch.equal(inputs.index, index)
     assert torch.equal(inputs.share, share)

@@ -3,8 +3,12 @@
 import hashlib
 import json
 
+import jobs_helpers
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
+from tiny_models import save_tiny, save_tokenizer
 
 from exl3.commands.recompile import main
 from exl3.errors import UserError
@@ -43,6 +47,44 @@ def test_patterns_and_the_last_word(tiny, tmp_path, capsys):
     assert record["layers"]["model.layers.1.mlp.down_proj"] == {"source": 1, "bits": 3}
     run(q2, out, file)
     assert "complete already" in capsys.readouterr().out
+
+
+def converted_by(recipe, model, out, *more):
+    """A plain quant by a recipe: layer patterns → bits."""
+    file = out.with_suffix(".yaml")
+    content = {"format": "exl3-recipe", "version": 1, "bits": 2.5, "layers": recipe}
+    file.write_text(yaml.safe_dump(content))
+    given = {"-i": model, "-o": out, "-w": out.with_suffix(".work"), "--recipe": file}
+    given |= {"-cr": 3, "-cc": 32, "-hb": 4, "--check_rows": 0}
+    jobs_helpers.run(*(str(x) for pair in given.items() for x in pair), "--no_correction", *more)
+    return stored(out)
+
+
+def stored(folder):
+    return {k: v for path in folder.glob("*.safetensors") for k, v in load_file(path).items()}
+
+
+def test_a_splice_is_what_a_conversion_with_its_bits_gives(tiny, tmp_path):
+    """Without correction no layer depends on the bits of others."""
+    q2, q3, q4 = tiny.quants
+    overrides = [("*.down_proj", "four"), ("model.layers.1.*", "three")]
+    run(q2, tmp_path / "out", write(tmp_path / "or.yaml", {"three": q3, "four": q4}, overrides))
+    recipe = {"*": 2, "*.down_proj": 4, "model.layers.1.*": 3}
+    direct = converted_by(recipe, tiny.model, tmp_path / "direct", "--hessian", "input")
+    spliced = stored(tmp_path / "out")
+    assert spliced.keys() == direct.keys()
+    assert all(torch.equal(spliced[key], direct[key]) for key in direct)
+
+
+@pytest.mark.slow
+def test_likewise_experts_with_hessians_on_both_sides(tmp_path):
+    model = tmp_path / "model"
+    save_tiny("mixtral", model, num_hidden_layers=2, num_local_experts=4, vocab_size=300)
+    save_tokenizer(model)
+    plain = [converted_by({"*": bits}, model, tmp_path / f"q{bits}") for bits in (2, 3)]
+    mixed = converted_by({"*": 2, "*layers.0.*": 3}, model, tmp_path / "mixed")
+    for key, tensor in mixed.items():
+        assert torch.equal(tensor, plain["layers.0." in key][key]), key
 
 
 def test_the_same_splice_has_the_same_bytes(tiny, tmp_path):

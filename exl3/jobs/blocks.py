@@ -2,8 +2,9 @@
 
 Two ways. In order (the default): two streams of states, the original's and the quantized model's,
 travel side by side; linears are taken in the order of the block's own data flow, each captured
-behind the quantized ones before it and asked to make up for their errors. At once: all linears of
-a block are calibrated on what enters its original layers.
+behind the quantized ones before it and asked to make up for their errors. At once: there is the
+original's stream alone, and all linears are calibrated on what enters them there. So none depends
+on the bits of others, and a splice of such quants is what a conversion with its bits would be.
 """
 
 from collections.abc import Iterable
@@ -48,22 +49,28 @@ def convert_block(job: Job, i: int, streams: Streams) -> None:
         finished = [key for key in block.linears if job.work.has_layer(key)]
         job.progress.skip(sum(encode_cost(block.linears[key]) for key in finished))
         block.output_hessians = _output_hessians(job, block, set(finished))
+        picked = spread(streams.rows, SAMPLE_ROWS)
+        states = None if job.corrects else enter(streams.original, picked)  # a copy
         if job.corrects:
-            reference = _quantize_in_order(job, block, streams, set(finished))
+            _quantize_in_order(job, block, streams, set(finished))
         else:
-            reference = _quantize_at_once(job, block, streams, set(finished))
+            _quantize_at_once(job, block, streams, set(finished))
         for key, linear in block.linears.items():
             if key not in block.quantized:
                 # If nothing ever enters it.
                 quantize(job, [Wanted(key, linear, block.loaded[key])], None)
                 block.settle(key, job.work)
             block.forget(key)
-        job.progress.doing(f"{block.name}, advancing")
-        block.advance_quantized(streams)
+        if job.corrects:
+            job.progress.doing(f"{block.name}, advancing")
+            block.advance_quantized(streams)
+            sample = streams.quantized[picked]
+        else:
+            block.compute_quantized()
+            sample = run_block(block.model, block.i, streams.rows[picked], states)
     finally:
         block.free()
-    picked = spread(streams.rows, SAMPLE_ROWS)
-    error = relative_error(reference, streams.quantized[picked])
+    error = relative_error(streams.original[picked], sample)
     job.progress.say(f"{block.name}: relative error {error:.4f}")
     job.progress.advance(job.forward_cost(i))
 
@@ -92,7 +99,7 @@ def _output_hessians(
 def _flow(block: Block, streams: Streams) -> list[Stage]:
     """The block's stages, experts last: nothing in a block waits for them."""
     part = streams.batches()[0]
-    state = enter(streams.quantized, part)
+    state = enter(streams.quantized if streams.paired else streams.original, part)
     stages = find_flow(
         block.model,
         block.i,
@@ -108,10 +115,8 @@ def _flow(block: Block, streams: Streams) -> list[Stage]:
 # In order
 
 
-def _quantize_in_order(
-    job: Job, block: Block, streams: Streams, finished: set[str]
-) -> torch.Tensor:
-    """Quantizes the block, moves the original's stream behind it; returns a sample of that."""
+def _quantize_in_order(job: Job, block: Block, streams: Streams, finished: set[str]) -> None:
+    """Quantizes the block, moves the original's stream behind it."""
     stages = _flow(block, streams)
     for key in finished.intersection(block.plain_linears()):
         block.settle(key, job.work)
@@ -140,7 +145,6 @@ def _quantize_in_order(
     for stage, entering in inputs:
         entering.lacking = find_lacking(block, stage, entering, streams)
         _quantize_experts(job, block, stage, entering)
-    return streams.original[spread(streams.rows, SAMPLE_ROWS)]
 
 
 def _quantize_stage(job: Job, block: Block, stage: Stage, streams: Streams, last: bool) -> None:
@@ -163,21 +167,19 @@ def _quantize_alike(job: Job, block: Block, keys: Iterable[str], seen: Moments |
 # At once
 
 
-def _quantize_at_once(job: Job, block: Block, streams: Streams, finished: set[str]) -> torch.Tensor:
-    """Quantizes the block; returns a sample of what leaves it unquantized."""
-    picked = spread(streams.rows, SAMPLE_ROWS)
-    states = enter(streams.quantized, picked)
-    reference = run_block(block.model, block.i, streams.rows[picked], states)
+def _quantize_at_once(job: Job, block: Block, streams: Streams, finished: set[str]) -> None:
+    """Quantizes the block; before that moves the original's stream behind it."""
     missing = [key for key in block.plain_linears() if key not in finished]
     flow = _flow(block, streams) if block.experts else []
     stages = [stage for stage in flow if stage.experts]
     inputs = [(stage, expert_inputs(block, stage, streams)) for stage in stages]
-    if missing:
-        for keys, hessian in block_hessians(block, missing, streams):
-            _quantize_alike(job, block, keys, hessian)
+    hessians = block_hessians(block, missing, streams) if missing else []
+    job.progress.doing(f"{block.name}, advancing")
+    block.advance_original(streams)
+    for keys, hessian in hessians:
+        _quantize_alike(job, block, keys, hessian)
     for stage, entering in inputs:
         _quantize_experts(job, block, stage, entering)
-    return reference
 
 
 # Experts, in both ways

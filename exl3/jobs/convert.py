@@ -142,7 +142,7 @@ def convert_head(job: Job, streams: Streams) -> None:
     if job.corrects:
         seen = head_moments(model, streams)
     else:
-        seen = head_hessian(model, streams.rows, streams.quantized, streams.batches())
+        seen = head_hessian(model, streams.rows, streams.original, streams.batches())
     by_outputs = None
     if job.settings.hessian == "kron":
         by_outputs = head_output_hessian(model, streams, job.settings.hessian_rows or TRACED_ROWS)

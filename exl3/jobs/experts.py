@@ -29,10 +29,12 @@ class ExpertInputs:
     """What enters the experts of a block, for all calibration tokens."""
 
     experts: LinearExperts
-    quantized: torch.Tensor  # (tokens, hidden)
-    index: torch.Tensor  # (tokens, k): the experts a token is sent to, in the quantized model
+    # (tokens, hidden): in the quantized model, where that is followed, else in the original.
+    entering: torch.Tensor
+    index: torch.Tensor  # (tokens, k): the experts a token is sent to there
     share: torch.Tensor  # (tokens, k): by how much their outputs count
-    original: torch.Tensor | None = None  # (tokens, hidden): in the original, where it is followed
+    # (tokens, hidden): in the original, where both are followed.
+    original: torch.Tensor | None = None
     # (tokens, hidden): what the experts' output would have to add for the block to give what the
     # original's gives; None where that is not followed or not to be seen.
     lacking: torch.Tensor | None = None
@@ -55,7 +57,7 @@ class ExpertInputs:
         """What expert e gives at present for the tokens that ask it; None if nothing is lacking."""
         if self.lacking is None:
             return None
-        x = self.quantized[self.shares(e) != 0]
+        x = self.entering[self.shares(e) != 0]
         down = self.experts.linears(e)["down"]
 
         def given(x: torch.Tensor) -> torch.Tensor:
@@ -73,18 +75,15 @@ class ExpertInputs:
 
 
 def expert_inputs(block: Block, stage: Stage, streams: Streams) -> ExpertInputs:
-    """What enters the experts of a stage; the quantized model's routing decides.
-
-    With two streams the block computes with what is quantized so far and with the original's
-    weights in turn, else with its present weights.
-    """
+    """What enters the experts of a stage; of two streams the quantized model's routing decides."""
     experts = block.experts[stage.keys[0]]
     with Taps(block.model, block.i, [experts]) as taps:
+        if not streams.paired:
+            run = partial(block.run_original, run=taps.run)
+            return ExpertInputs(experts, *_all_tokens(streams, run, 3))
         quantized = _all_tokens(streams, partial(block.run_quantized, run=taps.run), 3)
-        original = [None]
-        if streams.paired:
-            original = _all_tokens(streams, partial(block.run_original, run=taps.run), 1)
-    return ExpertInputs(experts, *quantized, original[0])
+        original = _all_tokens(streams, partial(block.run_original, run=taps.run), 1)
+    return ExpertInputs(experts, *quantized, *original)
 
 
 def find_lacking(
@@ -125,12 +124,12 @@ def input_moments(inputs: ExpertInputs, e: int) -> Moments | Hessian:
     """Of what enters expert e's gate and up projections, by `token_weights`: its own tokens, and
     all together, which are summed up once for all experts."""
     if inputs.everyone is None:
-        everyone = torch.arange(len(inputs.quantized), device=inputs.quantized.device)
+        everyone = torch.arange(len(inputs.entering), device=inputs.entering.device)
         inputs.everyone = _input_moments(inputs, everyone, None)
     shares = inputs.shares(e)
     own = (shares != 0).nonzero()[:, 0]
     moments = _input_moments(inputs, own, own_weights(shares)[own])
-    size, total = inputs.quantized.shape[1], len(shares)
+    size, total = inputs.entering.shape[1], len(shares)
     moments.add_scaled(inputs.everyone, SHARED_TOKENS * size / total)
     return moments
 
@@ -139,15 +138,15 @@ def _input_moments(
     inputs: ExpertInputs, picked: torch.Tensor, weights: torch.Tensor | None
 ) -> Moments | Hessian:
     """Of some tokens, by their numbers (n,), each counting as much as weights (n,) say."""
-    size, device = inputs.quantized.shape[1], inputs.device
+    size, device = inputs.entering.shape[1], inputs.device
     seen = Hessian(size, device) if inputs.original is None else Moments(size, device=device)
     for a in range(0, len(picked), BATCH_TOKENS):
         part = picked[a : a + BATCH_TOKENS]
         w = None if weights is None else weights[a : a + BATCH_TOKENS]
         if isinstance(seen, Hessian):
-            seen.add(inputs.quantized[part], w)
+            seen.add(inputs.entering[part], w)
         else:
-            seen.add(inputs.quantized[part], inputs.original[part], weights=w)
+            seen.add(inputs.entering[part], inputs.original[part], weights=w)
     return seen
 
 
@@ -157,7 +156,7 @@ def hidden_hessian(inputs: ExpertInputs, e: int) -> Hessian:
     weights = token_weights(inputs.shares(e), size)
     hessian = Hessian(size, inputs.device)
     for wave in _waves(weights):
-        for part, x in zip(wave, _hidden(inputs, e, inputs.quantized, wave), strict=True):
+        for part, x in zip(wave, _hidden(inputs, e, inputs.entering, wave), strict=True):
             hessian.add(x, weights[part])
     return hessian
 
@@ -177,12 +176,12 @@ def hidden_moments(inputs: ExpertInputs, e: int, block: Block, entering: list[st
     asking = own_weights(shares) / weights.where(weights > 0, 1.0) / shares.where(shares != 0, 1.0)
     outputs = None if inputs.lacking is None else down.out_features
     moments = Moments(down.in_features, outputs, inputs.device)
-    source = inputs.original if inputs.lacking is None else inputs.quantized
+    source = inputs.original if inputs.lacking is None else inputs.entering
     for wave in _waves(weights):
         block.compute_original(entering)
         originals = _hidden(inputs, e, source, wave)
         block.compute_quantized(entering)
-        quantized = _hidden(inputs, e, inputs.quantized, wave)
+        quantized = _hidden(inputs, e, inputs.entering, wave)
         for part, xq, xf in zip(wave, quantized, originals, strict=True):
             residual = None
             if inputs.lacking is not None:

@@ -61,14 +61,14 @@ def block_hessians(
 ) -> list[tuple[tuple[str, ...], Hessian]]:
     """Hessians of the inputs of some of a block's linears, one for those that share their input.
 
-    All in one go: what the quantized model's states make of the block's present weights.
+    All in one go, in the original.
     """
     linears = {key: block.linears[key] for key in keys}
     with Capture(block.model, block.i, linears) as capture:
         return sum_hessians(
             captured
             for wave in streams.waves()
-            for _, captured in block.run_quantized(streams, wave, capture.run)
+            for _, captured in block.run_original(streams, wave, capture.run)
         )
 
 
@@ -142,13 +142,12 @@ def head_moments(model: StreamedModel, streams: Streams) -> Moments:
 def head_output_hessian(model: StreamedModel, streams: Streams, rows: int) -> torch.Tensor:
     """The loss's second moments by the head's outputs, from some evenly spread rows.
 
-    Their expectation is known, without sampling: diag(p) - p p^T with the original's predictions p
-    (where it is not followed, with those behind the quantized blocks). All of it, (out, out), for
-    heads of WHOLE_HEAD outputs at most; of larger ones the blocks of 128 outputs, which the
-    Hadamard transform mixes: (blocks, 128, 128).
+    Their expectation is known, without sampling: diag(p) - p p^T with the original's predictions
+    p. All of it, (out, out), for heads of WHOLE_HEAD outputs at most; of larger ones the blocks of
+    128 outputs, which the Hadamard transform mixes: (blocks, 128, 128).
     """
     picked = spread(streams.rows, rows).tolist()
-    states = streams.original if streams.paired else streams.quantized
+    states = streams.original
     cols = streams.rows.shape[1]
     pieces = [
         (row, slice(a, a + TAIL_TOKENS)) for row in picked for a in range(0, cols, TAIL_TOKENS)

@@ -20,13 +20,13 @@ Part = TypeVar("Part")
 
 @dataclass
 class Streams:
-    """What enters a block: in the quantized model, and in the original where that is followed too.
+    """What enters a block: in the original, and in the quantized model where that is followed too.
 
     rows: ids (rows, cols). States are float32 (rows, cols, hidden), None before the first block.
     """
 
     rows: torch.Tensor
-    paired: bool  # the original's states travel side by side
+    paired: bool  # the quantized model's states travel side by side
     quantized: torch.Tensor | None = None
     original: torch.Tensor | None = None
     spill: Spill | None = None  # where states go that memory has no room for

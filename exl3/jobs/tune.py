@@ -98,8 +98,7 @@ def _tune_whole(job: Job, streams: Streams, rows: TuningRows) -> tuple[Tensors, 
     """The tuned tensors; the KL divergence on held-out rows before and after."""
     job.progress.doing("tuning the whole model")
     streams.quantized = None
-    original = streams.original if streams.paired else _original_states(job, streams)
-    fit = WholeFit(job, original)
+    fit = WholeFit(job, streams.original)
     try:
         cost = tuning_cost(job.settings, job.source, job.plan)
         descent = _descend(job, "model", fit, rows, RATES[WHOLE], cost)
@@ -108,23 +107,13 @@ def _tune_whole(job: Job, streams: Streams, rows: TuningRows) -> tuple[Tensors, 
     return fit.gains.tuned(descent.best), descent.first, descent.least
 
 
-def _original_states(job: Job, streams: Streams) -> torch.Tensor:
-    """What leaves the original's last block."""
-    model, states = job.source.model, None
-    for i in range(model.num_blocks):
-        model.load_block(i)
-        states = _advance(job, streams, i, states)
-        model.free_block(i)
-    return states
-
-
 # Block by block
 
 
 def _tune_blocks(job: Job, streams: Streams, rows: TuningRows) -> tuple[Tensors, float, float]:
     """The tuned tensors; the KL divergence on held-out rows before and after."""
     model = job.source.model
-    untuned = streams.quantized[rows.held]
+    untuned = streams.quantized[rows.held] if streams.paired else None
     streams.quantized = streams.original = None
     quantized = original = None
     tuned: Tensors = {}
@@ -134,6 +123,8 @@ def _tune_blocks(job: Job, streams: Streams, rows: TuningRows) -> tuple[Tensors,
         opened.part.compute_original()
         original = _advance(job, streams, i, original)
         opened.part.compute_tuned()
+        if not streams.paired:
+            untuned = run_block(model, i, job.source.rows[rows.held], untuned)
         fit = BlockFit(job, i, opened, quantized, original)
         cost = tuning_cost(job.settings, job.source, job.plan) / model.num_blocks
         descent = _descend(job, f"block.{i}", fit, rows, RATES[BLOCKS], cost)

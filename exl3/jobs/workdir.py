@@ -180,7 +180,7 @@ class WorkDir:
     def load_states(self, streams: Streams) -> int:
         """Fills in the states that were saved last; the block they enter, 0 if there are none."""
         found = _read(self.path / "states.safetensors")
-        if found is None:
+        if found is None or "original" not in found[0]:  # as older versions had it
             return 0
         for name, kept in (("quantized", "states"), ("original", "original")):
             if kept in found[0]:
@@ -190,9 +190,9 @@ class WorkDir:
 
     def save_states(self, block: int, streams: Streams) -> None:
         """Saves what enters a block."""
-        states = [LazyTensor.of("states", streams.quantized)]
+        states = [LazyTensor.of("original", streams.original)]
         if streams.paired:
-            states.append(LazyTensor.of("original", streams.original))
+            states.append(LazyTensor.of("states", streams.quantized))
         write_safetensors(self.path / "states.safetensors", states, {"block": str(block)})
 
 
