@@ -559,10 +559,10 @@ def test_a_gradient_that_is_not_finite_ends_the_job(tmp_path):
 def test_the_heads_is_known_without_sampling(tmp_path, monkeypatch):
     save_tiny("llama", tmp_path / "model", vocab_size=300)
     model, rows = StreamedModel(tmp_path / "model"), torch.randint(3, 300, (5, 80))
-    entered = streams.Streams(rows, paired=False, quantized=torch.randn(5, 80, 64))
+    entered = streams.Streams(rows, paired=False, original=torch.randn(5, 80, 64))
     model.load_embedding()
     model.load_tail()
-    p = model.run_tail(rows[[0, 2, 4]], entered.quantized[[0, 2, 4]]).softmax(-1).flatten(0, 1)
+    p = model.run_tail(rows[[0, 2, 4]], entered.original[[0, 2, 4]]).softmax(-1).flatten(0, 1)
     expected = (torch.diag(p.sum(0)) - p.T @ p) / len(p)
     whole = inputs.head_output_hessian(model, entered, 3)
     assert torch.allclose(whole, expected, atol=1e-6)
