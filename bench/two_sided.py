@@ -20,6 +20,7 @@ from exl3 import parallel, quantize_linear
 from exl3.format.trellis import matrix_to_tiles
 from exl3.quant.hessian import Hessian, block_ldl, damped
 from exl3.quant.ldlq import ldlq
+from exl3.quant.linear import WIDENED
 from exl3.quant.scale import refine_scale, sample_columns, search_scale, widened_scale
 from exl3.quant.two_sided import two_sided_ldlq
 
@@ -86,7 +87,8 @@ def scale_regrets(bits: int, decades: float, size: int = 512) -> list[float]:
     plain, error = search_scale(tiles, torch.full((64,), 1 / 64), bits, CODEBOOK)
     sample = weight[:, sample_columns(size, 64)].contiguous()
     one_sided = refine_scale(sample, plain, factors[0], hessians[0].float(), bits, CODEBOOK)
-    tried = [at(widened_scale(plain, error, *factors)), at(one_sided), at(plain)]
+    computed = widened_scale(plain, error, *factors, bits in WIDENED)
+    tried = [at(computed), at(one_sided), at(plain)]
     best = min(*tried, *(at(plain * 0.92**i) for i in range(1, 6)))
     return [found / best for found in tried]
 

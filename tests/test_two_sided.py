@@ -119,6 +119,17 @@ def test_the_computed_scale_is_near_the_best():
     assert widened_scale(plain, error, torch.eye(256), torch.eye(256)) == pytest.approx(plain)
 
 
+def test_at_few_bits_the_scale_is_a_little_narrower():
+    """By the power of 0.3 of the targets' variance, and never by more than a quarter."""
+    _, both = factors(256, 256)
+    variance = widened_scale(1.0, 0.01, *both) ** -2
+    assert 1 < variance < 2
+    narrower = widened_scale(1.0, 0.01, *both, few_bits=True)
+    assert narrower == pytest.approx(variance**-0.8, rel=1e-6)
+    wide, narrow = (widened_scale(1.0, 10.0, *both, few_bits=few) for few in (False, True))
+    assert narrow == pytest.approx(wide / 1.25, rel=1e-6)
+
+
 def weights(rows=256, columns=384):
     return torch.randn(rows, columns, generator=generator(7)) * 0.02
 

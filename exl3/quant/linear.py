@@ -361,7 +361,8 @@ def _refined(
     scale, error: the best ones without feedback.
     """
     if feedback.factor_out is not None:
-        scale = widened_scale(scale, error, feedback.factor, feedback.factor_out)
+        given = feedback.factor, feedback.factor_out, bits in WIDENED
+        scale = widened_scale(scale, error, *given)
     elif bits in WIDENED:
         columns = regular.svh.shape[0]
         width = min(max(columns // 32, TILE), MOST_COLUMNS)

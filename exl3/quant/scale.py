@@ -23,9 +23,11 @@ FARTHEST = 14  # steps from the best scale of Gaussian weights
 PATIENCE = 2  # steps that may be no better: one weight beyond the range spoils its tile, or not
 LONG_TAILS = 1.2  # times the error of Gaussian weights
 LDLQ_STEP = 0.9  # ratio between the three scales that are tried with feedback
-# The power of the targets' variance that the scale is divided by. The root would bring back their
-# variance; but steep Hessians widen few targets by much, which still would be beyond the range.
-NARROWING = 0.8
+# At few bits the scale is divided by this power of the targets' variance besides the root, which
+# brings back the variance: steep Hessians widen few targets by much, which still would be beyond
+# the range. Not by more than the second: where Hessians are all but singular, codes would become
+# coarse.
+NARROWER, MOST_NARROWER = 0.3, 1.25
 PROBES = 32  # random vectors that tell how much feedback widens errors
 
 
@@ -110,17 +112,24 @@ def refine_scale(
 
 
 def widened_scale(
-    scale: float, error: float, factor_in: torch.Tensor, factor_out: torch.Tensor
+    scale: float,
+    error: float,
+    factor_in: torch.Tensor,
+    factor_out: torch.Tensor,
+    few_bits: bool = False,
 ) -> float:
     """The scale under feedback in both directions, from the best one without and its error.
 
     Rounding leaves noise N of variance d = `error` of its targets, and errors of the weights are
     E = L_in^-T N L_out^-1; so targets, W - E + N, have the variance 1 + d (t_in t_out - 1) with
-    t = |L^-1|^2 / n, by which they are made narrower. No search: objectives of a few columns are
-    dominated by few directions, and too noisy (bench/two_sided.py --scales).
+    t = |L^-1|^2 / n, and are brought back to that of W, with `few_bits` a little further. No
+    search: objectives of a few columns are dominated by few directions, and too noisy
+    (bench/two_sided.py --scales).
     """
     widened = _energy_of_inverse(factor_in) * _energy_of_inverse(factor_out)
-    return scale / (1 + error * (widened - 1)) ** NARROWING
+    variance = 1 + error * (widened - 1)
+    narrower = min(variance**NARROWER, MOST_NARROWER) if few_bits else 1.0
+    return scale / (variance**0.5 * narrower)
 
 
 def _energy_of_inverse(factor: torch.Tensor) -> float:
