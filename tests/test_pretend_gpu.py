@@ -21,6 +21,7 @@ from exl3.errors import UserError
 from exl3.evaluate.compare import compare
 from exl3.format.hadamard import HADAMARD
 from exl3.jobs import convert, estimate, quantize, thrift
+from exl3.jobs.block import Block
 from exl3.jobs.plan import make_plan
 from exl3.jobs.settings import Settings
 from exl3.jobs.source import open_model
@@ -178,10 +179,21 @@ def moe(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def scales_stay(monkeypatch):
-    """Refitted scales lie anywhere between two of float16, and which is the nearer one is at times
-    a matter of the last bits of a product, in which the tensors of this stand-in may differ."""
-    monkeypatch.setattr("exl3.quant.refit.ROUNDS", 0)
+def same_gradients(monkeypatch):
+    """The original's gradients differ in their last bits, for autograd folds products otherwise with
+    these tensors. Those of a test's first job serve the others, once they are seen to be near."""
+    first: dict[tuple[str, str], torch.Tensor] = {}
+    own = Block.output_hessian
+
+    def output_hessian(block: Block, key: str) -> torch.Tensor | None:
+        found = own(block, key)
+        if found is None:
+            return None
+        known = first.setdefault((str(block.model.path), key), found.cpu())
+        assert (found.cpu() - known).norm() <= 1e-5 * known.norm()
+        return known.to(found.device)
+
+    monkeypatch.setattr(Block, "output_hessian", output_hessian)
 
 
 def converted(source, folder, device, *more):
