@@ -180,8 +180,8 @@ def moe(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def same_gradients(monkeypatch):
-    """The original's gradients differ in their last bits, for autograd folds products otherwise with
-    these tensors. Those of a test's first job serve the others, once they are seen to be near."""
+    """The original's gradients differ in their last bits, for autograd folds products otherwise
+    with these tensors. Those of a test's first job serve the others, once seen to be near."""
     first: dict[tuple[str, str], torch.Tensor] = {}
     own = Block.output_hessian
 

@@ -4,17 +4,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import floor
-from typing import Any
 
-from exl3.allocate import TOLERANCE, Options, Solution, ends_first, solution, solve
+from exl3.allocate import CAUTION, TOLERANCE, Options, Solution, ends_first, solution, solve
 from exl3.divide import divided, undivided
 from exl3.errors import UserError
 from exl3.foretold import foretold
+from exl3.learned import learned
 from exl3.measurement import MeasuredGroup, Measurement
 from exl3.predict import Offer, Prediction, predict
 from exl3.splice import Quant, Splice
 
-RUNNER_UP = 10  # runners-up differ from all tried before in one group of so many
+APART = 30  # what is tried next differs from all tried before in one group of so many
 BETWEEN = 0.5  # the weight of gradients: a geometric mean of them and what was measured
 
 
@@ -26,7 +26,6 @@ class Candidate:
     splice: Splice
     predicted: float  # KLD
     gap: float = 0.0
-    chosen_by: Measurement | None = None  # whose numbers; None: a quant as it is, or a plain rule
 
 
 @dataclass(frozen=True)
@@ -97,35 +96,43 @@ class Problem:
                 unique.append(candidate)
         return unique
 
-    def near(self, best: Candidate, tried: Sequence[Candidate], bitrate: float) -> list[Candidate]:
-        """The next best by the numbers that chose one candidate, unlike all that were tried."""
-        view = replace(self, measurement=best.chosen_by)
-        excluded = [view._picked(candidate) for candidate in tried]
-        how = {"excluded": excluded, "apart": max(1, len(view.groups) // RUNNER_UP)}
-        found = []
-        for place in ("second best", "third best"):
-            name = place if best.chosen_by is self.measurement else f"{best.name}, {place}"
-            candidate = self._chosen(name, best.chosen_by, bitrate, **how)
-            if candidate is None:
+    def taught(
+        self, trials: Sequence[tuple[Candidate, float]], bitrate: float, names: Sequence[str]
+    ) -> list[Candidate]:
+        """The best choices by what measured KLDs of splices teach of their parts: one for every
+        name, as far as there are any. Each is unlike all that were tried, and unlike the others."""
+        numbers = foretold(divided(self.measurement), BETWEEN) or self.measurement
+        predictions = replace(self, measurement=numbers).options
+        picks = [self._picked(candidate) for candidate, _ in trials]
+        before = [[option.kld for option in own] for own in predictions]
+        klds = learned(before, picks, [kld for _, kld in trials])
+        options = [
+            [replace(option, kld=kld, error=0.0) for option, kld in zip(*group, strict=True)]
+            for group in zip(self.options, klds, strict=True)
+        ]
+        apart = max(1, len(options) // APART)
+        found: list[Candidate] = []
+        for name in names:
+            choice = solve(options, **self._limits(bitrate), excluded=picks, apart=apart)
+            if choice is None:
                 break
-            excluded.append(view._picked(candidate))
-            found.append(candidate)
+            picks.append(choice.picked)
+            found.append(self.candidate(name, solution(self.options, choice.picked, choice.gap)))
         return found
 
     def _chosen(
-        self, name: str, numbers: Measurement | None, bitrate: float, **how: Any
+        self, name: str, numbers: Measurement | None, bitrate: float, caution: float = CAUTION
     ) -> Candidate | None:
         """The best choice by some numbers, with the KLD that this measurement predicts of it. None
-        without numbers, or if nothing fits. how: of `solve`."""
+        without numbers, or if nothing fits."""
         if numbers is None:
             return None
         view = replace(self, measurement=numbers)
-        choice = solve(view.options, **self._limits(bitrate), **how)
+        choice = solve(view.options, **self._limits(bitrate), caution=caution)
         if choice is None:
             return None
         picked = self._picked(view.candidate(name, choice))
-        own = self.candidate(name, solution(self.options, picked, choice.gap))
-        return replace(own, chosen_by=numbers)
+        return self.candidate(name, solution(self.options, picked, choice.gap))
 
     def _picked(self, candidate: Candidate) -> tuple[int, ...]:
         """The quant that every group is from; the first layer's, where they differ."""

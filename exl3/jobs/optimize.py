@@ -1,6 +1,6 @@
 """The best quant for a size: choose, measure for real, write the best; or write a recipe."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,9 +21,19 @@ from exl3.jobs.optimize_input import (
     open_quants,
     refuse_corrected,
 )
-from exl3.jobs.splice_check import Measured, Notes, held_out_rows, measure, notes_of
+from exl3.jobs.splice_check import (
+    TOGETHER,
+    Measured,
+    Notes,
+    held_out_rows,
+    measure,
+    notes_of,
+)
 from exl3.measurement import read_measurement
 from exl3.splice import write_splice
+
+ROUNDS = 5  # of splices that those before them suggest
+PATIENCE = 2  # rounds that found nothing better
 
 
 class NotBetter(Exception):
@@ -110,6 +120,8 @@ def _best(
 
     def tried(candidates: Sequence[Candidate]) -> list[Trial]:
         splices = [candidate.splice for candidate in candidates]
+        if not splices:
+            return []
         given = (request.original, splices, rows, notes, request.trust_remote_code)
         found = measure(*given, device=device)
         return [Trial(c, m) for c, m in zip(candidates, found, strict=True)]
@@ -119,9 +131,7 @@ def _best(
     plain = {i: problem.plain(i) for i in sorted({0, below, above})}
     trials = tried([*plain.values(), *candidates])
     plain_trials = dict(zip(plain, trials, strict=False))
-    first = _lowest([trial for trial in trials if trial.candidate.chosen_by]).candidate
-    if more := problem.near(first, candidates, request.bitrate):
-        trials += tried(more)
+    trials += _taught(problem, trials[len(plain) :], request.bitrate, tried)
     best = _lowest(trials[len(plain) :])
     line = _line(plain_trials[below], plain_trials[above], best.candidate.splice.bpw)
     _print_table(trials, best, rows)
@@ -134,6 +144,28 @@ def _best(
         "tried": [_told(trial) for trial in trials],
     }
     return best.candidate, record
+
+
+def _taught(
+    problem: Problem,
+    trials: Sequence[Trial],
+    bitrate: float,
+    tried: Callable[[Sequence[Candidate]], list[Trial]],
+) -> list[Trial]:
+    """More trials, a few a round, of what the trials before them teach, while that finds better."""
+    known, idle = list(trials), 0
+    for _ in range(ROUNDS):
+        first = len(known) - len(trials) + 1
+        names = [f"learned {n}" for n in range(first, first + TOGETHER)]
+        taught = [(trial.candidate, trial.measured.kld) for trial in known]
+        found = tried(problem.taught(taught, bitrate, names))
+        if not found:
+            break
+        idle = 0 if _lowest(found).measured.kld < _lowest(known).measured.kld else idle + 1
+        known += found
+        if idle == PATIENCE:
+            break
+    return known[len(trials) :]
 
 
 def _lowest(trials: Sequence[Trial]) -> Trial:

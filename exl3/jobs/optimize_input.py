@@ -10,7 +10,7 @@ from exl3.measurement import Measurement
 from exl3.model.checkpoint import Checkpoint
 from exl3.splice import Quant, job_id, refuse_misfits, refuse_order
 
-VERIFY_ROWS = 16
+VERIFY_ROWS = 32
 ADVICE = (
     "make quants to mix with convert.py --no_correction, or convert the original by a recipe "
     "(optimize.py --recipe)"

@@ -1,0 +1,99 @@
+"""What measured wholes teach about the options they are made of."""
+
+import itertools
+
+import numpy as np
+import pytest
+from tiny_quants import measurement
+
+from exl3.jobs.candidates import Problem
+from exl3.learned import learned
+from exl3.splice import Quant
+
+
+def total(klds, picks):
+    return sum(own[i] for own, i in zip(klds, picks, strict=True))
+
+
+def test_sums_come_out_as_measured():
+    predicted = [[4.0, 1.0, 0.25], [8.0, 2.0, 0.5], [2.0, 0.5, 0.125]]
+    picks = [(0, 1, 2), (1, 1, 1), (2, 0, 1)]
+    klds = [9.0, 4.0, 10.0]
+    found = learned(predicted, picks, klds)
+    for pick, kld in zip(picks, klds, strict=True):
+        assert total(found, pick) == pytest.approx(kld, rel=0.02)
+
+
+def test_a_common_factor_is_no_news():
+    predicted = [[4.0, 1.0], [8.0, 2.0]]
+    found = learned(predicted, [(0, 1), (1, 0)], [3 * 6.0, 3 * 9.0])
+    assert np.allclose(found, [[12.0, 3.0], [24.0, 6.0]])
+
+
+def test_what_was_in_the_worse_whole_is_thought_worse():
+    predicted = [[4.0, 1.0], [4.0, 1.0], [4.0, 1.0]]
+    found = learned(predicted, [(0, 1, 1), (1, 0, 1)], [7.0, 5.0])
+    ratios = np.array(found) / np.array(predicted)
+    assert ratios[0, 0] > ratios[2, 0] > ratios[1, 0]
+
+
+def test_nothing_is_less_than_nothing():
+    found = learned([[1.0, 0.1], [1.0, 0.1]], [(0, 1), (1, 0), (0, 0)], [10.0, 0.1, 0.2])
+    assert min(itertools.chain(*found)) >= 0
+
+
+def test_no_whole_and_no_harm():
+    with pytest.raises(ValueError, match="nothing was measured"):
+        learned([[1.0, 0.1]], [], [])
+    assert learned([[1.0, 0.0]], [(1,)], [0.3]) == [[1.0, 0.0]]
+    assert learned([[1.0, 0.5]], [(1,)], [0.0]) == [[1.0, 0.5]]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_what_is_learned_is_nearer_to_the_truth(seed):
+    """In what wholes differ by, of other wholes than were measured."""
+    rng = np.random.default_rng(seed)
+    truth = np.exp(rng.normal(size=(8, 1))) * np.array([1.0, 0.25, 0.06])
+    predicted = truth * np.exp(0.3 * rng.normal(size=truth.shape))
+    picks = rng.integers(0, 3, (40, 8))
+    sums = [total(truth, pick) for pick in picks]
+    after = learned(predicted.tolist(), picks[:20].tolist(), sums[:20])
+
+    def error(klds):
+        off = [total(klds, pick) / of - 1 for pick, of in zip(picks[20:], sums[20:], strict=True)]
+        return np.std(off)
+
+    assert error(after) < 0.5 * error(predicted)
+
+
+def test_choices_taught_are_new_and_fit(tiny):
+    problem = Problem(measurement(tiny, level=1, parts=True), tuple(map(Quant, tiny.quants)), 0)
+    tried = problem.candidates(2.8)
+    trials = [(c, c.predicted) for c in tried]
+    found = problem.taught(trials, 2.8, ["a", "b", "c"])
+    assert [c.name for c in found] == ["a", "b", "c"]
+    origins = [c.splice.origin for c in (*tried, *found)]
+    assert all(a != b for i, a in enumerate(origins) for b in origins[:i])
+    assert all(c.splice.bpw <= 2.8 for c in found)
+    assert problem.taught(trials, 2.8, ["a", "b", "c"]) == found
+
+
+def test_taught_choices_find_what_the_measurement_missed(tiny):
+    """One projection does ten times the harm that is predicted of it."""
+    problem = Problem(measurement(tiny, level=1, parts=True), tuple(map(Quant, tiny.quants)), 0)
+    missed = "model.layers.0.mlp.up_proj"
+
+    def harm(candidate):
+        origin = candidate.splice.origin
+        return sum(
+            (10 if missed in group.layers else 1) * own[origin[group.layers[0]]].kld
+            for group, own in zip(problem.groups, problem.options, strict=True)
+        )
+
+    trials = [(c, harm(c)) for c in problem.candidates(2.8)]
+    first = min(kld for _, kld in trials)
+    for _ in range(3):
+        trials += [(c, harm(c)) for c in problem.taught(trials, 2.8, ["a", "b", "c"])]
+    best, kld = min(trials, key=lambda trial: trial[1])
+    assert kld < 0.8 * first
+    assert best.splice.origin[missed] > 0
