@@ -404,6 +404,26 @@ def test_layers_of_another_versions_plan_are_refused(tiny, tmp_path):
     refused("are planned: another version", "-w", str(tmp_path / "work"), "-r")
 
 
+def test_a_job_of_another_method_is_refused(tiny, tmp_path):
+    """As one begun before layers of plain quants were calibrated in the original."""
+    run(*flags(tiny, tmp_path / "out", tmp_path / "work", "3"))
+    (tmp_path / "out").rename(tmp_path / "first")
+    path = tmp_path / "work" / "identity.json"
+    identity = json.loads(path.read_text())
+    older = {name: told for name, told in identity.items() if name != "method"}
+    assert older != identity
+    path.write_text(json.dumps(older))
+    refused("another version of exl3 began", "-w", str(tmp_path / "work"), "-r")
+    assert not (tmp_path / "out").exists()
+    # As long as nothing came of it, the job is as good as new.
+    shutil.rmtree(tmp_path / "work" / "layers")
+    (tmp_path / "work" / "states.safetensors").unlink(missing_ok=True)
+    (tmp_path / "work" / "sensitivities.json").unlink(missing_ok=True)
+    run("-w", str(tmp_path / "work"), "-r")
+    assert json.loads(path.read_text()) == identity
+    assert digests(tmp_path / "out") == digests(tmp_path / "first")
+
+
 def test_missing_flags_are_told(tmp_path):
     refused("Give -w DIR", "-i", "x")
     refused("missing: -i, -o, -b", "-w", str(tmp_path))

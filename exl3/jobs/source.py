@@ -12,9 +12,11 @@ from exl3.data.tokenizer import load_tokenizer
 from exl3.devices import backend
 from exl3.errors import UserError
 from exl3.jobs.settings import DEFINING, Settings, has_progress
-from exl3.jobs.workdir import BACKEND, WorkDir
+from exl3.jobs.workdir import BACKEND, METHOD, WorkDir
 from exl3.model.rope import Rope
 from exl3.model.streamed import StreamedModel
+
+VERSION = "2"  # of the method; without one: 1
 
 
 @dataclass
@@ -57,6 +59,7 @@ def open_source(settings: Settings, work: WorkDir, device: torch.device) -> Sour
         "source model": model.checkpoint.fingerprint(),
         "calibration rows": rows_hash(rows),
         BACKEND: backend(device),
+        METHOD: VERSION,
     }
     work.check_identity(identity)
     # The rows stand for themselves, wherever they came from.

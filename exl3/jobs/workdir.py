@@ -29,6 +29,7 @@ WAY_OUT = "delete it and resume the job"  # of damaged files
 GRADIENTS = "gradients"
 
 BACKEND = "trellis search"  # the part of the identity that tells what computes
+METHOD = "method"  # and the one that grows where a version makes other bytes of the same
 
 
 class WorkDir:
@@ -59,8 +60,14 @@ class WorkDir:
         except (ValueError, TypeError):
             raise UserError(f"{path} is damaged; start afresh in another work folder") from None
         changed = [k for k in identity if before.get(k) != identity[k]]
-        if changed == [BACKEND] and not self._has_results():
+        if changed and {BACKEND, METHOD}.issuperset(changed) and not self._has_results():
             return write_json(path, identity)
+        if METHOD in changed:
+            raise UserError(
+                f"another version of exl3 began the job in {self.path}, and this one would go on "
+                "otherwise; finish it with that version, or start afresh in another work folder "
+                "(-w), or with -nr"
+            )
         if changed == [BACKEND] and "GPU" in (before[BACKEND], identity[BACKEND]):
             began, way = "a GPU", "with a GPU (-d 0)"
             if identity[BACKEND] == "GPU":
@@ -180,7 +187,7 @@ class WorkDir:
     def load_states(self, streams: Streams) -> int:
         """Fills in the states that were saved last; the block they enter, 0 if there are none."""
         found = _read(self.path / "states.safetensors")
-        if found is None or "original" not in found[0]:  # as older versions had it
+        if found is None:
             return 0
         for name, kept in (("quantized", "states"), ("original", "original")):
             if kept in found[0]:
