@@ -32,6 +32,7 @@ from exl3.jobs.block import Block
 from exl3.jobs.blocks import convert_block
 from exl3.jobs.convert import convert
 from exl3.jobs.flags import convert_parser
+from exl3.jobs.inputs import Calibration
 from exl3.jobs.job import Job
 from exl3.jobs.settings import read_request
 from exl3.jobs.streams import Streams, run_block
@@ -51,6 +52,9 @@ VARIANTS = {
     "default": [],
     "default, tuned": ["--tune", "40"],
     "baseline, tuned": [*PLAIN, "--tune", "40"],
+    "default, tuned block by block": ["--tune", "40"],
+    "default, three quarters of the correction": [],
+    "default, half of the correction": [],
     "default, 64 rows of gradients": ["--hessian_rows", "64"],
     "default, 256 rows": ["-cr", "256"],
     "baseline, 256 rows": [*PLAIN, "-cr", "256"],
@@ -58,6 +62,10 @@ VARIANTS = {
     "default, 3inst": ["-cb", "3inst"],
     "default, head as it is": ["-hb", "16"],
     "baseline, head as it is": [*PLAIN, "-hb", "16"],
+}
+STRENGTHS = {
+    "default, three quarters of the correction": 0.75,
+    "default, half of the correction": 0.5,
 }
 MAIN = ("baseline", "correction", "output Hessians", "both", "default")
 RESAMPLES = 2000
@@ -114,10 +122,31 @@ def plain() -> Iterator[None]:
         yield
 
 
-def make_quant(
-    args: argparse.Namespace, flags: list[str], bits: float, seed: int, out: Path, bare: bool
-) -> float:
+def part_of_correction(strength: float) -> contextlib.AbstractContextManager:
+    """W' goes only so far from W."""
+
+    def target(own: Calibration, *given: torch.Tensor) -> torch.Tensor:
+        weight = given[0].detach().float()
+        return weight + strength * (whole(own, *given) - weight)
+
+    whole = Calibration.target
+    return mock.patch.object(Calibration, "target", target)
+
+
+def changes(variant: str) -> contextlib.AbstractContextManager:
+    """What a variant changes besides its flags."""
+    if variant.startswith("baseline"):
+        return plain()
+    if variant == "default, tuned block by block":
+        return mock.patch("exl3.jobs.tune_plan.whole_tuning_bytes", lambda *_: None)
+    if variant in STRENGTHS:
+        return part_of_correction(STRENGTHS[variant])
+    return contextlib.nullcontext()
+
+
+def make_quant(args: argparse.Namespace, variant: str, bits: float, seed: int, out: Path) -> float:
     """Converts and returns the CPU seconds it took."""
+    flags = VARIANTS[variant]
     text = ["-c", str(args.text)] if args.text else []
     if bits != int(bits):
         flags = [flag for flag in flags if flag != UNIFORM]
@@ -128,7 +157,7 @@ def make_quant(
     ]
     request = read_request(convert_parser().parse_args(given))
     began = time.process_time()
-    with contextlib.redirect_stdout(io.StringIO()), plain() if bare else contextlib.nullcontext():
+    with contextlib.redirect_stdout(io.StringIO()), changes(variant):
         convert(request)
     return time.process_time() - began
 
@@ -239,8 +268,7 @@ def main() -> None:
         judge = Judge(args.model, args.judge, args.judge_rows, args.length)
     for name, variant, bits, seed in missing:
         folder = Path(tempfile.mkdtemp(prefix="fidelity-"))
-        bare = variant.startswith("baseline")
-        cpu = make_quant(args, VARIANTS[variant], bits, seed, folder, bare)
+        cpu = make_quant(args, variant, bits, seed, folder)
         rows = judge.kld(folder / "quant")
         results[name] = {"variant": variant, "bits": bits, "seed": seed, "cpu": cpu, "rows": rows}
         write_json(args.out, results)

@@ -34,18 +34,22 @@ def learned(
         return [list(own) for own in predicted]
     scale = float(np.exp(np.log(wanted / sums).mean()))
     lacking = wanted / scale - sums
-
-    def related(chosen: np.ndarray) -> np.ndarray:
-        """Covariance of the factors of all wholes' options with others of the same groups."""
-        return SPREAD**2 * np.where(options == chosen, 1.0, SHARED)
-
     covariance = np.array(
-        [(related(own) * parts * of).sum(1) for own, of in zip(options, parts, strict=True)]
+        [
+            (_related(options, own) * parts * of).sum(1)
+            for own, of in zip(options, parts, strict=True)
+        ]
     )
     noise = np.diag((UNSURE * sums) ** 2)
     weights = np.linalg.solve(covariance + noise, lacking)  # (wholes,)
     found = []
     for g, own in enumerate(predicted):
-        shifts = [(weights * parts[:, g]) @ related(np.array([[i]]))[:, g] for i in range(len(own))]
+        pulls = weights * parts[:, g]
+        shifts = [pulls @ _related(options[:, g], i) for i in range(len(own))]
         found.append([scale * max(0.0, p * (1 + s)) for p, s in zip(own, shifts, strict=True)])
     return found
+
+
+def _related(options: np.ndarray, others: np.ndarray | int) -> np.ndarray:
+    """Covariance of the factors of options with others of the same groups."""
+    return SPREAD**2 * np.where(options == others, 1.0, SHARED)

@@ -191,6 +191,22 @@ def test_the_best_measured_is_written_and_recorded(tiny, file, tmp_path, capsys)
     assert record["straight_line"] == pytest.approx(line)
 
 
+def test_no_rounds_no_more_choices(tiny, file, tmp_path, monkeypatch):
+    tried = {}
+    klds = count(100, -1)
+
+    def measured(original, splices, *more, **options):  # every one better than those before
+        return [splice_check.Measured(float(next(klds)), 0.1) for _ in splices]
+
+    monkeypatch.setattr("exl3.jobs.optimize.measure", measured)
+    for rounds in (0, 1, 2):
+        given = ("-m", file, "-b", 3.5, "-r", tiny.model, "--verify", 2, "--rounds", rounds)
+        assert run(*given, "-o", tmp_path / f"{rounds}") == 0
+        record = json.loads((tmp_path / f"{rounds}" / "splice.json").read_text())
+        tried[rounds] = [t["name"] for t in record["tried"] if t["name"].startswith("learned")]
+    assert {rounds: len(names) for rounds, names in tried.items()} == {0: 0, 1: 3, 2: 6}
+
+
 def test_what_was_measured_is_not_measured_again_after_a_kill(
     tiny,
     file,
@@ -325,6 +341,7 @@ def test_bad_flags(tiny, file, tmp_path):
         (["-b", 4.5, "-o", "x"], "-b 4.5 is above the largest"),
         (["-b", math.nan, "-o", "x"], "-b nan is"),
         (["-b", 3, "-o", "x", "--verify", "-1"], "from 0 on"),
+        (["-b", 3, "-o", "x", "--rounds", "-1"], "from 0 on"),
         (["-b", 3, "-o", tiny.quants[0]], "overlap|holds the result of another job"),
         (["-b", 3, "-o", "x", "-i", tiny.quants[0]], "two or more quants"),
         (["-b", 3, "-o", "x", "-i", *tiny.quants[::-1]], "rising bitrate: .*q4 has 4"),

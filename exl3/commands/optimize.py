@@ -40,7 +40,12 @@ def parser(prog: str | None) -> Parser:
     )  # fmt: skip
     p.add_argument(
         "--verify", type=int, metavar="ROWS",
-        help="held-out rows of 512 tokens to measure on, with -r; 0: do not measure (16)",
+        help="held-out rows of 512 tokens to measure on, with -r; 0: do not measure (32)",
+    )  # fmt: skip
+    p.add_argument(
+        "--rounds", type=int, metavar="N",
+        help="rounds of three more choices, suggested by what was measured so far; fewer if they "
+        "find nothing better (5)",
     )  # fmt: skip
     p.add_argument(
         "-c", "--text", type=Path, metavar="FILE",
@@ -64,8 +69,8 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> None:
         return _recipe(given)
     if "out" not in given:
         raise UserError("where should the model go? Give -o DIR, or --recipe FILE")
-    if given.get("verify", 0) < 0 or given.get("shard_size", 0) < 0:
-        raise UserError("--verify and -ss take numbers from 0 on")
+    if min(given.get(name, 0) for name in ("verify", "rounds", "shard_size")) < 0:
+        raise UserError("--verify, --rounds and -ss take numbers from 0 on")
     given["quants"] = tuple(given.get("quants", ()))
 
     from exl3.jobs.optimize import NotBetter, optimize

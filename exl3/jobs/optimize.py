@@ -32,7 +32,6 @@ from exl3.jobs.splice_check import (
 from exl3.measurement import read_measurement
 from exl3.splice import write_splice
 
-ROUNDS = 5  # of splices that those before them suggest
 PATIENCE = 2  # rounds that found nothing better
 
 
@@ -131,7 +130,7 @@ def _best(
     plain = {i: problem.plain(i) for i in sorted({0, below, above})}
     trials = tried([*plain.values(), *candidates])
     plain_trials = dict(zip(plain, trials, strict=False))
-    trials += _taught(problem, trials[len(plain) :], request.bitrate, tried)
+    trials += _taught(problem, trials[len(plain) :], request, tried)
     best = _lowest(trials[len(plain) :])
     line = _line(plain_trials[below], plain_trials[above], best.candidate.splice.bpw)
     _print_table(trials, best, rows)
@@ -149,16 +148,16 @@ def _best(
 def _taught(
     problem: Problem,
     trials: Sequence[Trial],
-    bitrate: float,
+    request: Request,
     tried: Callable[[Sequence[Candidate]], list[Trial]],
 ) -> list[Trial]:
     """More trials, a few a round, of what the trials before them teach, while that finds better."""
     known, idle = list(trials), 0
-    for _ in range(ROUNDS):
+    for _ in range(request.rounds):
         first = len(known) - len(trials) + 1
         names = [f"learned {n}" for n in range(first, first + TOGETHER)]
         taught = [(trial.candidate, trial.measured.kld) for trial in known]
-        found = tried(problem.taught(taught, bitrate, names))
+        found = tried(problem.taught(taught, request.bitrate, names))
         if not found:
             break
         idle = 0 if _lowest(found).measured.kld < _lowest(known).measured.kld else idle + 1

@@ -11,6 +11,7 @@ from exl3.model.checkpoint import Checkpoint
 from exl3.splice import Quant, job_id, refuse_misfits, refuse_order
 
 VERIFY_ROWS = 32
+ROUNDS = 5
 ADVICE = (
     "make quants to mix with convert.py --no_correction, or convert the original by a recipe "
     "(optimize.py --recipe)"
@@ -29,6 +30,7 @@ class Request:
     shard_size: int = 8192  # MiB
     original: Path | None = None
     verify: int = VERIFY_ROWS  # rows; 0: nothing is measured
+    rounds: int = ROUNDS  # of choices that those measured before suggest, at most
     text: Path | None = None  # for these rows; None: the built-in one
     force: bool = False
     device: str = "0"
@@ -140,5 +142,5 @@ def job_of(request: Request, quants: Sequence[Quant]) -> str:
         [quant.fingerprint for quant in quants],
         file_digest(request.measurement),
         [request.bitrate, request.head_bits, request.force],
-        [original, text, request.verify] if request.verifies else None,
+        [original, text, request.verify, request.rounds] if request.verifies else None,
     )
