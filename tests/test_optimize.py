@@ -22,6 +22,8 @@ from exl3.jobs.candidates import Problem
 from exl3.jobs.splice_check import held_out_rows, measure, notes_of
 from exl3.measurement import Measurement, read_measurement, write_measurement
 from exl3.model.rope import Rope
+from exl3.model.spliced import SplicedCheckpoint
+from exl3.model.streamed import StreamedModel
 from exl3.splice import Quant, Splice
 
 
@@ -150,6 +152,25 @@ def test_splices_measured_in_place_are_as_those_written(tiny, file, tmp_path):
     (_, written) = compare(tiny.model, [tmp_path / "out"], rows)
     assert found[0].kld == pytest.approx(written.kld, rel=1e-9)
     assert found[1].kld != found[0].kld
+
+
+def test_the_original_runs_once_for_all_rounds(tiny, file, tmp_path, monkeypatch):
+    rows = held_out_rows(tiny.model, 4, None, False)
+    problem = Problem(read_measurement(file), tuple(map(Quant, tiny.quants)), 0)
+    splices = [problem.plain(i).splice for i in range(3)]
+    loaded, kept, own = [], [], StreamedModel.load_block
+
+    def load_block(model, i):
+        loaded.append(model.checkpoint)
+        return own(model, i)
+
+    monkeypatch.setattr(StreamedModel, "load_block", load_block)
+    with notes_of(tmp_path / "x") as notes:
+        found = [measure(tiny.model, [s], rows, notes, quiet=True, kept=kept) for s in splices]
+    originals = [c for c in loaded if not isinstance(c, SplicedCheckpoint)]
+    assert len(loaded) == 2 * 4 and len(originals) == 2  # blocks, of the original and three splices
+    with notes_of(tmp_path / "y") as notes:
+        assert measure(tiny.model, splices, rows, notes, quiet=True) == [one for (one,) in found]
 
 
 def test_the_original_is_measured_with_the_quants_rotary_embeddings(tiny, file, tmp_path, capsys):

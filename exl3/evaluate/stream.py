@@ -23,19 +23,27 @@ def stream_logits(
     rows_per_batch: int | None = None,
     states_bytes: int = STATES_BYTES,
     progress: Progress | None = None,
+    kept: list[torch.Tensor] | None = None,
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """Pairs of a row's number and its logits, (1, length, vocab), in order; rows: ids (n, length).
 
     At most `rows_per_batch` rows, and `states_bytes` of hidden states, go through the blocks
     together. progress: is advanced by `stream_work(model, rows)` in all. What is loaded is freed
-    when the iterator ends or is closed.
+    when the iterator ends or is closed. kept: takes what leaves the last block, where all rows go
+    together, and spares later calls with the same model and rows the blocks.
     """
     size = chunk_rows(model, rows.shape[1], rows_per_batch, states_bytes)
     try:
         model.load_embedding()
         for first in range(0, len(rows), size):
             chunk = rows[first : first + size]
-            states = _last_states(model, chunk, progress)
+            states = list(kept or ())
+            if not states:
+                states = _last_states(model, chunk, progress)
+                if kept is not None and size >= len(rows):
+                    kept.extend(states)
+            elif progress is not None:
+                progress.advance(len(rows) * model.num_blocks)
             model.load_tail()
             for row in range(len(chunk)):
                 logits = row_logits(model, chunk[row : row + 1], states[row])

@@ -117,12 +117,14 @@ def _best(
     if problem.measurement.rows and problem.measurement.rows.hash == rows_hash(rows):
         raise UserError("--verify would use the very rows of the measurement; give other text (-c)")
 
+    kept: list[torch.Tensor] = []
+
     def tried(candidates: Sequence[Candidate]) -> list[Trial]:
         splices = [candidate.splice for candidate in candidates]
         if not splices:
             return []
         given = (request.original, splices, rows, notes, request.trust_remote_code)
-        found = measure(*given, device=device)
+        found = measure(*given, device=device, kept=kept)
         return [Trial(c, m) for c, m in zip(candidates, found, strict=True)]
 
     below = max(i for i, q in enumerate(problem.quants) if q.bpw <= request.bitrate)

@@ -110,8 +110,13 @@ def measure(
     trust_remote_code: bool = False,
     quiet: bool = False,
     device: torch.device = CPU,
+    kept: list[torch.Tensor] | None = None,
 ) -> list[Measured]:
-    """Measures every splice on rows of ids (rows, cols), without writing it; all of one model."""
+    """Measures every splice on rows of ids (rows, cols), without writing it; all of one model.
+
+    kept: the same list for all calls about the same rows spares those after the first the
+    original's blocks.
+    """
     reference, quant = (
         open_model(folder, trust_remote_code, device=device)
         for folder in (original, splices[0].quants[0].folder)
@@ -122,6 +127,7 @@ def measure(
         base.append(reference.rope_parameters)
         if not quiet:
             print(f"Note: {OTHER_ROPE}")
+    kept = [] if kept is None else kept
     keys = [_key(splice, base) for splice in splices]
     missing = {k: s for k, s in zip(keys, splices, strict=True) if k not in notes.known}
     parts = [list(missing)[i : i + TOGETHER] for i in range(0, len(missing), TOGETHER)]
@@ -129,7 +135,7 @@ def measure(
     with Progress(work, "Measuring", quiet) as progress:
         for part in parts:
             models = [_open(missing[key], trust_remote_code, device) for key in part]
-            found = _measure(reference, models, rows, progress)
+            found = _measure(reference, models, rows, progress, kept)
             for key, measured in zip(part, found, strict=True):
                 notes.add(key, measured)
     return [notes.known[key] for key in keys]
@@ -158,9 +164,12 @@ def _measure(
     models: Sequence[StreamedModel],
     rows: torch.Tensor,
     progress: Progress,
+    kept: list[torch.Tensor],
 ) -> list[Measured]:
+    """kept: the original's last states."""
     klds: list[list[torch.Tensor]] = [[] for _ in models]
-    streams = [stream_logits(model, rows, progress=progress) for model in (reference, *models)]
+    streams = [stream_logits(model, rows, progress=progress) for model in models]
+    streams.insert(0, stream_logits(reference, rows, progress=progress, kept=kept))
     for (row, expected), *others in zip(*streams, strict=True):
         for own, (_, logits) in zip(klds, others, strict=True):
             own.append(row_metrics(logits, rows[row : row + 1], expected)["kld"])
