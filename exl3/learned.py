@@ -4,6 +4,8 @@ Predicted KLDs of single options are off, each by a factor; how errors meet in a
 predicted at all. Every measured whole is a sum that has to come out. So the factors are taken as
 Gaussian, those of a group's options correlated, and conditioned on the sums (Bayesian linear
 regression: Rasmussen & Williams, Gaussian Processes for Machine Learning, 2006, section 2.1).
+Wholes that are much worse than the best are believed less: errors that meet there say little about
+where they are few (docs/optimize.md has numbers).
 """
 
 from collections.abc import Sequence
@@ -12,7 +14,8 @@ import numpy as np
 
 SPREAD = 0.3  # standard deviation of an option's factor
 SHARED = 0.5  # correlation of the factors of two options of one group
-UNSURE = 0.005  # relative: noise of a measured whole beside another on the same rows
+UNSURE = 0.005  # relative: noise of a measured whole beside another on the same rows,
+FAR = 0.5  # and how much it grows with what the whole is worse than the best
 
 
 def learned(
@@ -40,8 +43,8 @@ def learned(
             for own, of in zip(options, parts, strict=True)
         ]
     )
-    noise = np.diag((UNSURE * sums) ** 2)
-    weights = np.linalg.solve(covariance + noise, lacking)  # (wholes,)
+    noise = (UNSURE + FAR * (wanted / wanted.min() - 1)) * sums
+    weights = np.linalg.solve(covariance + np.diag(noise**2), lacking)  # (wholes,)
     found = []
     for g, own in enumerate(predicted):
         pulls = weights * parts[:, g]

