@@ -195,8 +195,8 @@ def ratio_interval(rows: np.ndarray, base: np.ndarray) -> tuple[float, float]:
 
 
 def print_table(results: dict[str, dict], seeds: int) -> None:
-    print("| bits | variant | KLD | 95% | of baseline | 95% | CPU s |")
-    print("|---|---|---|---|---|---|---|")
+    print("| bits | variant | seeds | KLD | 95% | of baseline | 95% | CPU s |")
+    print("|---|---|---|---|---|---|---|---|")
     for bits in sorted({r["bits"] for r in results.values()}):
         tables: dict[str, list[dict]] = {}
         for r in results.values():
@@ -207,7 +207,8 @@ def print_table(results: dict[str, dict], seeds: int) -> None:
             rows = np.array([r["rows"] for r in tables[variant]])
             cpu = np.mean([r["cpu"] for r in tables[variant]])
             low, high = interval(rows)
-            text = f"| {bits:g} | {variant} | {rows.mean():.5f} | {low:.5f}–{high:.5f} | "
+            text = f"| {bits:g} | {variant} | {len(rows)} | {rows.mean():.5f} | "
+            text += f"{low:.5f}–{high:.5f} | "
             if base:
                 of = np.array([r["rows"] for r in base])
                 low, high = ratio_interval(rows, of)
