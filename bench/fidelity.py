@@ -32,11 +32,11 @@ from exl3.jobs.block import Block
 from exl3.jobs.blocks import convert_block
 from exl3.jobs.convert import convert
 from exl3.jobs.flags import convert_parser
-from exl3.jobs.inputs import Calibration
 from exl3.jobs.job import Job
 from exl3.jobs.settings import read_request
 from exl3.jobs.streams import Streams, run_block
 from exl3.model.quantized import open_model
+from exl3.quant.correction import trust
 
 PLAIN = ["--no_correction", "--hessian", "input"]
 # Variant: flags of convert.py on top of the study's own. At bits that are no whole number all share
@@ -122,17 +122,6 @@ def plain() -> Iterator[None]:
         yield
 
 
-def part_of_correction(strength: float) -> contextlib.AbstractContextManager:
-    """W' goes only so far from W."""
-
-    def target(own: Calibration, *given: torch.Tensor) -> torch.Tensor:
-        weight = given[0].detach().float()
-        return weight + strength * (whole(own, *given) - weight)
-
-    whole = Calibration.target
-    return mock.patch.object(Calibration, "target", target)
-
-
 def changes(variant: str) -> contextlib.AbstractContextManager:
     """What a variant changes besides its flags."""
     if variant.startswith("baseline"):
@@ -140,7 +129,8 @@ def changes(variant: str) -> contextlib.AbstractContextManager:
     if variant == "default, tuned block by block":
         return mock.patch("exl3.jobs.tune_plan.whole_tuning_bytes", lambda *_: None)
     if variant in STRENGTHS:
-        return part_of_correction(STRENGTHS[variant])
+        part = STRENGTHS[variant]
+        return mock.patch("exl3.jobs.inputs.trust", lambda *given: part * trust(*given))
     return contextlib.nullcontext()
 
 
@@ -277,7 +267,7 @@ def main() -> None:
         print(f"{name}: KLD {np.mean(rows):.5f}, {cpu:.0f} CPU s", flush=True)
     print_table({entry[0]: results[entry[0]] for entry in wanted}, args.seeds)
     if args.chart:
-        draw(results, args.chart, f"{args.model.name}, seeds: {args.seeds}")
+        draw(results, args.chart, args.model.name)
 
 
 if __name__ == "__main__":

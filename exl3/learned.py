@@ -5,7 +5,7 @@ predicted at all. Every measured whole is a sum that has to come out. So the fac
 Gaussian, those of a group's options correlated, and conditioned on the sums (Bayesian linear
 regression: Rasmussen & Williams, Gaussian Processes for Machine Learning, 2006, section 2.1).
 Wholes that are much worse than the best are believed less: errors that meet there say little about
-where they are few (docs/optimize.md has numbers).
+where they are few (docs/benchmarks.md has numbers).
 """
 
 from collections.abc import Sequence

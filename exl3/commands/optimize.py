@@ -44,8 +44,8 @@ def parser(prog: str | None) -> Parser:
     )  # fmt: skip
     p.add_argument(
         "--rounds", type=int, metavar="N",
-        help="rounds of three more choices, suggested by what was measured so far; fewer if they "
-        "find nothing better (5)",
+        help="with -r: rounds of three more choices, suggested by what was measured so far; fewer "
+        "if they find nothing better (5)",
     )  # fmt: skip
     p.add_argument(
         "-c", "--text", type=Path, metavar="FILE",
