@@ -4,8 +4,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+ATTENTION_OR_MLP = 1
 EVERY_TENSOR = 4
-LEVELS = (0, 1, 2, 3, EVERY_TENSOR)
+LEVELS = (0, ATTENTION_OR_MLP, 2, 3, EVERY_TENSOR)
 
 SHARED = {"shared_expert", "shared_experts", "share_expert", "shared_mlp"}
 EXPERTS = {"experts", "local_experts"}

@@ -9,6 +9,8 @@ from exl3.allocate import CAUTION, TOLERANCE, Options, Solution, ends_first, sol
 from exl3.divide import divided, undivided
 from exl3.errors import UserError
 from exl3.foretold import foretold
+from exl3.groups import ATTENTION_OR_MLP
+from exl3.groups import group as group_linears
 from exl3.learned import learned
 from exl3.measurement import MeasuredGroup, Measurement
 from exl3.predict import Offer, Prediction, predict
@@ -103,9 +105,9 @@ class Problem:
         name, as far as there are any. Each is unlike all that were tried, and unlike the others."""
         numbers = foretold(divided(self.measurement), BETWEEN) or self.measurement
         predictions = replace(self, measurement=numbers).options
-        picks = [self._picked(candidate) for candidate, _ in trials]
         before = [[option.kld for option in own] for own in predictions]
-        klds = learned(before, picks, [kld for _, kld in trials])
+        picks = [self._picked(candidate) for candidate, _ in trials]
+        klds = learned(before, self._families, picks, [kld for _, kld in trials])
         options = [
             [replace(option, kld=kld, error=0.0) for option, kld in zip(*group, strict=True)]
             for group in zip(self.options, klds, strict=True)
@@ -137,6 +139,15 @@ class Problem:
     def _picked(self, candidate: Candidate) -> tuple[int, ...]:
         """The quant that every group is from; the first layer's, where they differ."""
         return tuple(candidate.splice.origin[group.layers[0]] for group in self.groups)
+
+    @cached_property
+    def _families(self) -> list[tuple]:
+        """Of every group: its block and the halves it has linears of, attention or MLP."""
+        halves = [group_linears([own.layers], ATTENTION_OR_MLP) for own in self.groups]
+        return [
+            (own.block, *(half.name for half in found))
+            for own, found in zip(self.groups, halves, strict=True)
+        ]
 
     @cached_property
     def _weights(self) -> int:

@@ -132,7 +132,7 @@ def _best(
     plain = {i: problem.plain(i) for i in sorted({0, below, above})}
     trials = tried([*plain.values(), *candidates])
     plain_trials = dict(zip(plain, trials, strict=False))
-    trials += _taught(problem, trials[len(plain) :], request, tried)
+    trials += taught(problem, trials[len(plain) :], request.bitrate, request.rounds, tried)
     best = _lowest(trials[len(plain) :])
     line = _line(plain_trials[below], plain_trials[above], best.candidate.splice.bpw)
     _print_table(trials, best, rows)
@@ -147,19 +147,20 @@ def _best(
     return best.candidate, record
 
 
-def _taught(
+def taught(
     problem: Problem,
     trials: Sequence[Trial],
-    request: Request,
+    bitrate: float,
+    rounds: int,
     tried: Callable[[Sequence[Candidate]], list[Trial]],
 ) -> list[Trial]:
     """More trials, a few a round, of what the trials before them teach, while that finds better."""
     known, idle = list(trials), 0
-    for _ in range(request.rounds):
+    for _ in range(rounds):
         first = len(known) - len(trials) + 1
         names = [f"learned {n}" for n in range(first, first + TOGETHER)]
-        taught = [(trial.candidate, trial.measured.kld) for trial in known]
-        found = tried(problem.taught(taught, request.bitrate, names))
+        klds = [(trial.candidate, trial.measured.kld) for trial in known]
+        found = tried(problem.taught(klds, bitrate, names))
         if not found:
             break
         idle = 0 if _lowest(found).measured.kld < _lowest(known).measured.kld else idle + 1
