@@ -49,6 +49,8 @@ def test_the_readmes_commands_in_their_order(tmp_path):
         small = SMALL if "convert.py" in line and " -r" not in line else ""
         if "measure.py" in line:
             small = " -cr 2 -cc 32 --hessian_rows 4"
+        if "self_text.py" in line:
+            small = " -r 8 -l 64"
         run_line(line + small, tmp_path, ROOT)
 
 

@@ -24,6 +24,7 @@ COMMANDS = {
     ),
     "ppl": ("exl3.commands.ppl", "perplexity of one model, for a quick look"),
     "measure": ("exl3.commands.measure", "measure what the bits of each part of a model are worth"),
+    "self-text": ("exl3.commands.self_text", "let a model write text to calibrate on"),
     "demo": ("exl3.commands.demo", "convert a small model at 4, 3 and 2 bits and compare"),
     "make-demo-model": ("exl3.commands.make_demo_model", "train a small language model to try"),
 }

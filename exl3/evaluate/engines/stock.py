@@ -50,18 +50,23 @@ class TransformersEngine(Engine):
     def logits(
         self, rows: torch.Tensor, indices: Sequence[int], progress: Progress | None = None
     ) -> Iterator[tuple[int, torch.Tensor]]:
+        model = self.model(progress)
+        device = model.get_input_embeddings().weight.device
+        for index in indices:
+            ids = rows[index : index + 1].to(device)
+            with torch.no_grad():
+                logits = model(input_ids=ids, use_cache=False).logits
+            if progress is not None:
+                progress.advance(1)
+            yield index, logits
+
+    def model(self, progress: Progress | None = None) -> PreTrainedModel:
+        """The model, loaded when it is first asked for."""
         if self._model is None:
             if progress is not None:
                 progress.doing("loading")
             self._model = self._load()
-        device = self._model.get_input_embeddings().weight.device
-        for index in indices:
-            ids = rows[index : index + 1].to(device)
-            with torch.no_grad():
-                logits = self._model(input_ids=ids, use_cache=False).logits
-            if progress is not None:
-                progress.advance(1)
-            yield index, logits
+        return self._model
 
     def close(self) -> None:
         self._model = None
