@@ -2,11 +2,12 @@
 """What each part of a conversion is worth: KLD of quants made with and without it.
 
     python bench/fidelity.py MODEL --text TRAIN --judge TEXT --out results.json
-        [--bits 2 3 4] [--variants baseline both] [--seeds 3] [--chart fidelity.png]
+        [--bits 2 3 4] [--variants baseline both] [--seeds 3] [--chart fidelity.png] [--table]
 
 TEXT must not be part of TRAIN. Every result goes to the JSON as it comes; what is there already is
-not made again, so that the study can be stopped and go on. Prints a table: mean KLD over the seeds,
-its 95% interval (bootstrap over evaluation rows), the ratio to the baseline, CPU seconds.
+not made again, so that the study can be stopped and go on (bench/results has what docs/fidelity.md
+tells). Prints a table: mean KLD over the seeds, its 95% interval (bootstrap over evaluation rows),
+the ratio to the baseline, CPU seconds.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from exl3.data.rows import evaluation_rows
 from exl3.data.tokenizer import load_tokenizer
 from exl3.evaluate.metrics import row_metrics
 from exl3.evaluate.stream import stream_logits
-from exl3.files import write_json
+from exl3.files import atomic_file
 from exl3.jobs.block import Block
 from exl3.jobs.blocks import convert_block
 from exl3.jobs.convert import convert
@@ -168,6 +169,13 @@ class Judge:
         return found
 
 
+def write_results(path: Path, results: dict[str, dict]) -> None:
+    """JSON, a result a line."""
+    lines = (f"{json.dumps(name)}: {json.dumps(told)}" for name, told in results.items())
+    with atomic_file(path) as file:
+        file.write(("{\n" + ",\n".join(lines) + "\n}\n").encode())
+
+
 def interval(rows: np.ndarray) -> tuple[float, float]:
     """95% bootstrap interval of the mean over rows; rows: (seeds, rows), seeds averaged."""
     means = rows.mean(0)
@@ -245,6 +253,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--judge_rows", type=int, default=32)
     parser.add_argument("--chart", type=Path)
+    parser.add_argument("--table", action="store_true", help="make nothing, show what is there")
     args = parser.parse_args()
     results = json.loads(args.out.read_text()) if args.out.exists() else {}
     wanted = [
@@ -253,7 +262,7 @@ def main() -> None:
         for bits in args.bits
         for variant in args.variants
     ]
-    missing = [entry for entry in wanted if entry[0] not in results]
+    missing = [entry for entry in wanted if entry[0] not in results and not args.table]
     judge = None
     if missing:
         judge = Judge(args.model, args.judge, args.judge_rows, args.length)
@@ -261,13 +270,15 @@ def main() -> None:
         folder = Path(tempfile.mkdtemp(prefix="fidelity-"))
         cpu = make_quant(args, variant, bits, seed, folder)
         rows = judge.kld(folder / "quant")
-        results[name] = {"variant": variant, "bits": bits, "seed": seed, "cpu": cpu, "rows": rows}
-        write_json(args.out, results)
+        told = {"variant": variant, "bits": bits, "seed": seed, "cpu": round(cpu, 1)}
+        results[name] = told | {"rows": [float(f"{kld:.6g}") for kld in rows]}
+        write_results(args.out, results)
         shutil.rmtree(folder)
         print(f"{name}: KLD {np.mean(rows):.5f}, {cpu:.0f} CPU s", flush=True)
-    print_table({entry[0]: results[entry[0]] for entry in wanted}, args.seeds)
+    shown = {name: results[name] for name, *_ in wanted if name in results}
+    print_table(shown, args.seeds)
     if args.chart:
-        draw(results, args.chart, args.model.name)
+        draw(shown, args.chart, args.model.name)
 
 
 if __name__ == "__main__":

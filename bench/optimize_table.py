@@ -3,16 +3,17 @@
 
     python bench/optimize_table.py MODEL --text TRAIN --judge TEXT --work FOLDER
         [--levels 0 1 2 3] [--targets 2.25 2.5 2.75 3.25 3.5] [--verify 32]
-        [--judge_rows 128] [--recipes]
+        [--choose_by judge] [--judge_rows 128] [--recipes]
 
 Makes quants of MODEL at 2, 3 and 4 bits (`convert.py --no_correction`), measures them at each level
 (`util/measure.py`), optimizes for each target (`util/optimize.py`; below 3 bits from a quant of one
 bit too, above from one of five, for a direct conversion may use so many), and converts directly to
 the same stored bits (`convert.py -b`). With --recipes also the corrected way: a recipe of the
-finest measurement, converted. All but the last tenth of TRAIN is to calibrate and measure with, the
-rest to choose by.
-All KLDs of the table are of the same rows of TEXT, which must not be part of TRAIN. What FOLDER has
-already is not made again, so a table can be made in parts, for some levels or targets at a time.
+finest measurement, converted. All but the last tenth of TRAIN is to calibrate and measure with.
+All KLDs of the table are of the same rows of the first half of TEXT, which must not be part of
+TRAIN. Splices are chosen by text of that kind, the second half of TEXT, or with `--choose_by train`
+by what is left of TRAIN. What FOLDER has already is not made again, so a table can be made in
+parts, for some levels or targets at a time.
 Two at once need two folders.
 """
 
@@ -38,16 +39,19 @@ class Study:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.work = args, args.work
         self.work.mkdir(parents=True, exist_ok=True)
-        self.calibration, self.held_out = self.work / "calibration.txt", self.work / "held_out.txt"
-        if not self.held_out.exists():
-            self.divide(args.text.read_text())
+        self.calibration, left = self.divided(args.text, 1 - HELD_OUT, "calibration", "held_out")
+        self.judging, kindred = self.divided(args.judge, 0.5, "judging", "choosing")
+        self.choosing = left if args.choose_by == "train" else kindred
         self.judge: Judge | None = None
 
-    def divide(self, text: str) -> None:
-        """At the end of a line."""
-        end = text.rindex("\n", 0, int((1 - HELD_OUT) * len(text))) + 1
-        self.calibration.write_text(text[:end])
-        self.held_out.write_text(text[end:])
+    def divided(self, text: Path, part: float, *names: str) -> list[Path]:
+        """Two files of a text, divided at the end of a line."""
+        files = [self.work / f"{name}.txt" for name in names]
+        content = text.read_text()
+        end = content.rindex("\n", 0, int(part * len(content))) + 1
+        for file, of in zip(files, (content[:end], content[end:]), strict=True):
+            file.write_text(of)
+        return files
 
     def run(self, name: str, *command: object) -> str:
         """Runs a script, keeps what it says in FOLDER/name.log."""
@@ -89,7 +93,7 @@ class Study:
         if not out.exists():
             command = ("util/optimize.py", "-m", measurement, "-b", target, "-o", out)
             quants = [self.plain(b) for b in bits]
-            check = ("-r", self.args.model, "--verify", self.args.verify, "-c", self.held_out)
+            check = ("-r", self.args.model, "--verify", self.args.verify, "-c", self.choosing)
             self.run(name, *command, "-i", *quants, *check, "--force")
         return out
 
@@ -98,7 +102,7 @@ class Study:
         path = quant.with_suffix(quant.suffix + ".kld.json")
         if not path.exists():
             if self.judge is None:
-                self.judge = Judge(self.args.model, self.args.judge, self.args.judge_rows, 512)
+                self.judge = Judge(self.args.model, self.judging, self.args.judge_rows, 512)
             path.write_text(json.dumps(self.judge.kld(quant)))
         return measure_storage(quant).layer_bpw, float(np.mean(json.loads(path.read_text())))
 
@@ -117,6 +121,7 @@ def main() -> None:
     parser.add_argument("--levels", type=int, nargs="+", default=[0, 1, 2, 3])
     parser.add_argument("--targets", type=float, nargs="+", default=[2.25, 2.5, 2.75, 3.25, 3.5])
     parser.add_argument("--verify", type=int, default=32, help="rows that optimize.py chooses by")
+    parser.add_argument("--choose_by", choices=("judge", "train"), default="judge")
     parser.add_argument("--judge_rows", type=int, default=128)
     parser.add_argument("--recipes", action="store_true", help="also convert by measurements")
     args = parser.parse_args()
