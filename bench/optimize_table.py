@@ -88,7 +88,7 @@ class Study:
         return out
 
     def optimized(self, measurement: Path, target: float, bits: tuple[int, ...]) -> Path:
-        name = f"o{target:g}-{measurement.stem}"
+        name = f"o{target:g}-{measurement.stem}-{self.args.choose_by}"
         out = self.work / name
         if not out.exists():
             command = ("util/optimize.py", "-m", measurement, "-b", target, "-o", out)

@@ -97,9 +97,8 @@ def test_what_is_learned_is_nearer_to_the_truth():
             off = [total(klds, p) / of - 1 for p, of in zip(picks[20:], sums[20:], strict=True)]
             return np.std(off)
 
-        return error(learned(predicted.tolist(), range(20), picks[:20], sums[:20])) / error(
-            predicted
-        )
+        found = learned(predicted.tolist(), range(20), picks[:20], sums[:20])
+        return error(found) / error(predicted)
 
     assert np.mean([gain(seed) for seed in range(20)]) < 0.8
 

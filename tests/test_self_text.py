@@ -49,8 +49,8 @@ def test_first_rows_do_not_depend_on_how_many_follow(model, tmp_path):
 
 def test_tokens_come_as_often_as_the_model_says(model):
     """The second token of many rows against the mean of the predictions behind their first."""
-    engine, tokenizer = TransformersEngine(Place(model), torch.device("cpu"), False), None
-    tokenizer, stock = load_tokenizer(model), engine.model()
+    stock = TransformersEngine(Place(model), torch.device("cpu"), False).model()
+    tokenizer = load_tokenizer(model)
     stock.lm_head.weight.data *= 20  # far from even
     ids = torch.cat([draw(stock, tokenizer, 2, seed) for seed in range(60)])
     begun, drawn = ids[:, :-1], ids[:, -1]
@@ -58,7 +58,7 @@ def test_tokens_come_as_often_as_the_model_says(model):
     counts = torch.bincount(drawn, minlength=WORDS) / len(drawn)
     error = (expected * (1 - expected) / len(drawn)).sqrt()
     assert ((counts - expected).abs() < 5 * error + 1e-3).all()
-    assert expected.max() > 3 / WORDS and (begun[:, -1].unique().numel()) > WORDS / 3
+    assert expected.max() > 3 / WORDS and begun[:, -1].unique().numel() > WORDS / 3
 
 
 def test_a_killed_job_goes_on_and_ends_in_the_same_bytes(model, tmp_path, monkeypatch):
@@ -95,17 +95,20 @@ def test_what_is_there_stays(model, tmp_path):
         write(model, out)
     assert out.read_text() == '{"text": "mine"}\n'
     begun = tmp_path / "other.jsonl.partial"
-    begun.write_text('{"text": "mine"}\n')
-    with pytest.raises(UserError, match="something else; delete it"):
-        write(model, tmp_path / "other.jsonl")
-    assert begun.read_text() == '{"text": "mine"}\n'
+    for content in ('{"text": "mine"}\n', "a note without an end"):
+        begun.write_text(content)
+        with pytest.raises(UserError, match="something else; delete it"):
+            write(model, tmp_path / "other.jsonl")
+        assert begun.read_text() == content
+    begun.write_text('{"text": "cut sho')  # of a first row
+    assert len(write(model, tmp_path / "other.jsonl", rows=1)) == 1
 
 
 def test_bad_input(model, tmp_path, monkeypatch):
     for out, more, said in (
         ("a.txt", (), "ends in .jsonl"),
         ("no/a.jsonl", (), "is missing"),
-        ("a.jsonl", ("-l", 1), "at least two tokens"),
+        ("a.jsonl", ("-l", 7), "at least 8 tokens"),
         ("a.jsonl", ("--seed", -1), "0 or more"),
     ):
         with pytest.raises(UserError, match=said):

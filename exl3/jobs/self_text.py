@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import IO
 
@@ -34,9 +35,12 @@ from exl3.evaluate.engines.place import Place
 from exl3.evaluate.engines.stock import TransformersEngine
 from exl3.files import PARTIAL, sync_folder, take_lock
 from exl3.memory import GIB, available_bytes
+from exl3.model.quantized import open_model
 from exl3.progress import Progress
 from exl3.splice import job_id
 
+ROW = b'{"text": "'  # how each begins
+SHORTEST = 8  # tokens of a row: a few begin it
 BATCH = 16  # rows that are drawn side by side: other numbers would round otherwise
 
 
@@ -74,8 +78,8 @@ def write_self_text(request: Request) -> None:
 
 
 def _check(request: Request) -> None:
-    if request.rows < 1 or request.length < 2:
-        raise UserError("give at least one row (-r) of at least two tokens (-l)")
+    if request.rows < 1 or request.length < SHORTEST:
+        raise UserError(f"give at least one row (-r) of at least {SHORTEST} tokens (-l)")
     if request.seed < 0:
         raise UserError(f"--seed {request.seed}: give 0 or more")
     if request.out.suffix != ".jsonl":
@@ -88,16 +92,18 @@ def _check(request: Request) -> None:
 
 def _engine(request: Request, device: torch.device) -> TransformersEngine:
     """The stock model, whole. UserError where it has no room."""
-    place = Place(request.model)
     on_cpu = device.type == "cpu"
-    engine = TransformersEngine(place, device, request.trust_remote_code, bfloat16=not on_cpu)
-    files = sum(f.stat().st_size for f in place.path.glob("*.safetensors"))
-    needed = files * (2 if on_cpu else 1)  # checkpoints have two bytes a weight, as a rule
-    if on_cpu and needed > (free := available_bytes()):
-        raise UserError(
-            f"{request.model} takes about {needed / GIB:.1f} GiB as a whole, and {free / GIB:.1f} "
-            "are free; text has to come from elsewhere, such as a model of the same family"
-        )
+    engine = TransformersEngine(
+        Place(request.model), device, request.trust_remote_code, bfloat16=not on_cpu
+    )
+    if on_cpu:
+        weights = open_model(request.model, request.trust_remote_code).checkpoint
+        needed = 4 * sum(prod(weights.shape(key)) for key in weights.keys())  # noqa: SIM118
+        if needed > (free := available_bytes()):
+            raise UserError(
+                f"{request.model} takes {needed / GIB:.1f} GiB as a whole, and {free / GIB:.1f} "
+                "are free; text has to come from elsewhere, such as a model of the same family"
+            )
     return engine
 
 
@@ -142,13 +148,14 @@ def draw(
     """BATCH rows (BATCH, length) of ids drawn from the model's predictions, as they are, behind
     what the tokenizer begins a text with and a random token. tick: called for every token of a
     row."""
-    device = model.get_input_embeddings().weight.device
+    embedding = model.get_input_embeddings().weight
     generator = torch.Generator().manual_seed(seed)
     special = set(tokenizer.all_special_ids)
-    words = torch.tensor([i for i in range(len(tokenizer)) if i not in special])
+    known = range(min(len(tokenizer), len(embedding)))
+    words = torch.tensor([i for i in known if i not in special])
     picked = words[torch.randint(len(words), (BATCH, 1), generator=generator)]
     begin = torch.tensor(tokenizer("")["input_ids"], dtype=torch.int64).expand(BATCH, -1)
-    start = torch.cat([begin, picked], 1).to(device)
+    start = torch.cat([begin, picked], 1).to(embedding.device)
     config = GenerationConfig(
         do_sample=False, max_new_tokens=length - start.shape[1], pad_token_id=0, eos_token_id=None
     )
@@ -201,7 +208,7 @@ def _growing(out: Path, job: str, rows: int) -> Iterator[tuple[IO[bytes], int]]:
         content = file.read()
         found = _rows_of(content, job)[:rows]
         whole = sum(map(len, found))
-        if content and not found and b"\n" in content:
+        if content and not found and not _is_cut_short(content):
             raise UserError(
                 f"{path} is of another model, seed or length, or something else; delete it to "
                 "start afresh, or give another -o"
@@ -210,6 +217,11 @@ def _growing(out: Path, job: str, rows: int) -> Iterator[tuple[IO[bytes], int]]:
         yield file, len(found)
     os.replace(path, out)
     sync_folder(out.absolute().parent)
+
+
+def _is_cut_short(content: bytes) -> bool:
+    """Whether it is no more than a part of a first row."""
+    return b"\n" not in content and content.startswith(ROW[: len(content)])
 
 
 def _rows_of(content: bytes, job: str) -> list[bytes]:
