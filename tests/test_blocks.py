@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import shutil
 from functools import partial
 
@@ -193,4 +194,5 @@ def test_correction_reduces_the_error_between_the_streams(tmp_path, capsys, hess
     picked = known[torch.linspace(0, 23, 16).long()]
     original = last_states(folder, picked)
     lost = float((last_states(tmp_path / "with", picked) - original).norm() / original.norm())
-    assert f"model.layers.1: relative error {lost:.4f}" in told
+    said = float(re.search(r"model.layers.1: relative error (\S+)", told)[1])
+    assert abs(said - lost) < 1e-3  # rows one by one here, together there: sums of another order
