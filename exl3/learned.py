@@ -17,7 +17,7 @@ import numpy as np
 
 # Standard deviations of the parts of a factor's logarithm (bench/learning.py has others).
 OPTION, GROUP, FAMILY = 0.3, 0.5, 0.5
-UNSURE = 0.005  # relative: noise of a measured whole beside another on the same rows,
+UNSURE = 0.02  # relative: noise of a measured whole beside another on the same rows,
 FAR = 0.25  # and how much it grows with what the whole is worse than the best
 STEPS, STRIDE = 8, 0.7  # of Gauss-Newton; whole strides can overshoot
 MOST = 3.0  # logarithm of the largest factor that is believed

@@ -22,13 +22,26 @@ from exl3.model.gradients import OutputGradients, Passed, tail_gradient, token_u
 from exl3.model.streamed import StreamedModel
 from exl3.progress import Progress
 from exl3.quant.linear import refuse_non_finite
+from exl3.sensitivity import share_of_tokens
 from exl3.tensor_files import LazyTensor, opened, write_safetensors
 
 BACK = 2.2  # times a forward: that again, and the gradient of what enters, not of weights
 
+TRACED_ROWS = 16  # that go back through the original, unless --hessian_rows says otherwise
+# Of mixtures of experts, each of which sees a part of the tokens, as many as 16 rows of 2048 have.
+EXPERT_TOKENS = 2**15
+MOST_TRACED_ROWS = 64
+
 WAY_OUT = "delete it and try again"  # of damaged files
 
 STATE, GRADIENT = "state", "gradient"  # that enters a block; at a block's output
+
+
+def traced_rows(model: StreamedModel, cols: int) -> int:
+    """How many rows of so many tokens are enough to go back through a model."""
+    if share_of_tokens(model.config.get_text_config(decoder=True)) == 1:
+        return TRACED_ROWS
+    return min(MOST_TRACED_ROWS, max(TRACED_ROWS, EXPERT_TOKENS // cols))
 
 
 class Survey(Protocol):

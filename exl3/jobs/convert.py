@@ -10,11 +10,12 @@ from exl3.errors import UserError
 from exl3.format.layer import UNQUANTIZED
 from exl3.jobs import out_folder, output
 from exl3.jobs.blocks import convert_block
+from exl3.jobs.boundaries import TRACED_ROWS
 from exl3.jobs.check import check_quant
 from exl3.jobs.estimate import estimate, refuse_full_disks
 from exl3.jobs.inputs import Calibration, head_hessian, head_moments, head_output_hessian
 from exl3.jobs.job import Job, total_cost
-from exl3.jobs.plan import TRACED_ROWS, Plan, make_plan, shared_by_gradients
+from exl3.jobs.plan import Plan, make_plan, shared_by_gradients
 from exl3.jobs.quantize import Wanted, quantize
 from exl3.jobs.routers import router_keys
 from exl3.jobs.settings import Request, Settings, forget_job, make_shared, save_settings

@@ -76,7 +76,7 @@ def _identity(request: Request, found: Input) -> dict[str, object]:
 def _measure(request: Request, found: Input, files: MeasureFiles, job: str) -> Measurement:
     """Does what is not done yet."""
     targets = make_targets(request, found, files)
-    shares = Shares(found.original, found.rows, files)
+    shares = Shares(found.original, found.gradient_rows, files)
     plan = Plan(request, found, targets, files, shares)
     results = Results(request, found, targets, files, shares, job)
     files.save_out(results.measurement())

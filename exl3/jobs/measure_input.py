@@ -20,6 +20,7 @@ from exl3.errors import UserError
 from exl3.format.layer import UNQUANTIZED, decode_layer, layer_bits, layer_codebook, padded
 from exl3.format.stored_layer import StoredLayer
 from exl3.format.trellis import TILE
+from exl3.jobs.boundaries import traced_rows
 from exl3.jobs.workdir import WorkDir
 from exl3.model.checkpoint import read_json
 from exl3.model.quantized import like_quant, open_model, rope_parameters
@@ -132,6 +133,7 @@ class Input:
     quants: tuple[QuantLayers, ...]
     rows: torch.Tensor  # int64 (rows, cols)
     hessian_rows: torch.Tensor  # likewise; none with quants
+    gradient_rows: torch.Tensor  # likewise, of the same text
 
     @property
     def arch_string(self) -> str:
@@ -166,7 +168,9 @@ def open_input(request: Request, device: torch.device = CPU) -> Input:
     if quants:
         _refuse_other_rope(quants)
         original = like_quant(original, quants[0].model, trust)
-    found = Input(original, quants, *_rows(request, original))
+    rows, hessian_rows = _rows(request, original)
+    gradient_rows = _draw(request, original, traced_rows(original, request.cols))
+    found = Input(original, quants, rows, hessian_rows, gradient_rows)
     _refuse_strangers(found)
     return found
 
@@ -267,18 +271,9 @@ def _refuse_strangers(found: Input) -> None:
 
 def _rows(request: Request, original: StreamedModel) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows to measure on, and those to quantize with, from all over the text both."""
-    text = original.config.get_text_config(decoder=True)
-    context = getattr(text, "max_position_embeddings", None)
-    if context and request.cols > context:
-        raise UserError(
-            f"-cc {request.cols}: the model's context is {context} tokens; give shorter rows"
-        )
     apart = 0 if request.quants else request.hessian_rows
     wanted = request.rows + apart
-    tokenizer = load_tokenizer(request.original, request.trust_remote_code)
-    rows = calibration_rows(
-        tokenizer, wanted, request.cols, request.text, vocab_size=text.vocab_size
-    )
+    rows = _draw(request, original, wanted)
     if len(rows) < wanted:
         also = f", and {apart} more to quantize with (--hessian_rows)" if apart else ""
         raise UserError(
@@ -289,6 +284,20 @@ def _rows(request: Request, original: StreamedModel) -> tuple[torch.Tensor, torc
     others = torch.ones(wanted, dtype=torch.bool)
     others[measured] = False
     return rows[measured], rows[others]
+
+
+def _draw(request: Request, original: StreamedModel, count: int) -> torch.Tensor:
+    """So many rows of the text, evenly spread over it, or as many as it holds."""
+    text = original.config.get_text_config(decoder=True)
+    context = getattr(text, "max_position_embeddings", None)
+    if context and request.cols > context:
+        raise UserError(
+            f"-cc {request.cols}: the model's context is {context} tokens; give shorter rows"
+        )
+    tokenizer = load_tokenizer(request.original, request.trust_remote_code)
+    return calibration_rows(
+        tokenizer, count, request.cols, request.text, vocab_size=text.vocab_size
+    )
 
 
 def padded_weights(linear: torch.nn.Linear) -> int:

@@ -3,7 +3,6 @@ a group's KLD divides."""
 
 from collections.abc import Sequence
 from functools import cached_property
-from math import ceil
 
 import torch
 
@@ -12,21 +11,17 @@ from exl3.groups import EVERY_TENSOR, Group, group
 from exl3.jobs.boundaries import Boundaries, boundary_bytes, boundary_gradients, boundary_work
 from exl3.jobs.measure_files import MeasureFiles
 from exl3.jobs.sensitivities import Sensitivities
-from exl3.jobs.streams import spread
 from exl3.jobs.survey import Survey
 from exl3.model.streamed import StreamedModel
 from exl3.progress import Progress
-
-TOKENS = 8192  # that gradients go back from
 
 
 class Shares:
     """The sensitivities of all tensors, as far as they are known, kept with the measurement."""
 
     def __init__(self, model: StreamedModel, rows: torch.Tensor, files: MeasureFiles) -> None:
-        """rows: ids (rows, cols) of the measurement."""
-        self.model = model
-        self.rows = rows[spread(rows, ceil(TOKENS / rows.shape[1]))]
+        """rows: ids (rows, cols) that gradients go back from."""
+        self.model, self.rows = model, rows
         self._boundaries = Boundaries(files.gradients, model, self.rows, seed=0)
         self._known = Sensitivities(files.path, self._boundaries.identity, model.num_blocks)
 

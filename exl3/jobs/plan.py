@@ -13,17 +13,13 @@ from exl3.errors_by_bits import relative_error
 from exl3.format.layer import UNQUANTIZED, padded
 from exl3.format.manifest import file_digest
 from exl3.groups import EVERY_TENSOR, group
+from exl3.jobs.boundaries import traced_rows
 from exl3.jobs.settings import Settings, flag
 from exl3.measurement import Measurement, read_measurement
 from exl3.model.streamed import StreamedModel
 from exl3.predict import Offer, predict
 from exl3.recipe import bits_by_recipe, read_recipe
-from exl3.sensitivity import share_of_tokens
 
-TRACED_ROWS = 16  # that go back through the original, unless --hessian_rows says otherwise
-# Of mixtures of experts, each of which sees a part of the tokens, as many as 16 rows of 2048 have.
-EXPERT_TOKENS = 2**15
-MOST_TRACED_ROWS = 64
 FAVOURED = ("attn", "attention", "shared_expert")  # parts of the keys that -hq gives more bits
 
 
@@ -83,12 +79,7 @@ def traces_back(settings: Settings) -> bool:
 
 def gradient_rows(settings: Settings, model: StreamedModel, rows: int) -> int:
     """How many of the calibration rows go back through the original."""
-    wanted = settings.hessian_rows
-    if wanted is None:
-        wanted = TRACED_ROWS
-        if share_of_tokens(model.config.get_text_config(decoder=True)) < 1:
-            wanted = min(MOST_TRACED_ROWS, max(wanted, EXPERT_TOKENS // settings.cal_cols))
-    return min(rows, wanted)
+    return min(rows, settings.hessian_rows or traced_rows(model, settings.cal_cols))
 
 
 def uniform(settings: Settings) -> bool:
