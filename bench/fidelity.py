@@ -26,7 +26,7 @@ import torch
 
 from exl3.data.rows import evaluation_rows
 from exl3.data.tokenizer import load_tokenizer
-from exl3.evaluate.metrics import row_metrics
+from exl3.evaluate.metrics import row_kld
 from exl3.evaluate.stream import stream_logits
 from exl3.files import atomic_file
 from exl3.jobs.block import Block
@@ -164,8 +164,7 @@ class Judge:
         """Mean KL(original || quant) of every row."""
         found = []
         for i, logits in stream_logits(open_model(quant), self.rows):
-            metrics = row_metrics(logits, self.rows[i : i + 1], self.expected[i])
-            found.append(float(metrics["kld"].mean()))
+            found.append(float(row_kld(logits, self.expected[i]).mean()))
         return found
 
 

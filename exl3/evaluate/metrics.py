@@ -61,7 +61,7 @@ def row_metrics(
 
 @torch.no_grad()
 def row_kld(logits: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """The `kld` of `row_metrics` alone, at half its cost: KL(reference || model) of every position,
+    """The `kld` of `row_metrics` alone, at less than half its cost: KL(reference || model) of every position,
     float64 (length,), on the CPU. Both logits: (1, length, vocab)."""
     length, vocab = logits.shape[1:]
     step = max(1, CHUNK // vocab)
@@ -71,7 +71,7 @@ def row_kld(logits: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
         expected, got = (
             torch.log_softmax(x[0, part].to(logits.device).float(), -1) for x in (reference, logits)
         )
-        return _divergences(expected, got)[0]
+        return _kl(expected.exp(), got.exp(), expected - got)
 
     with parallel.one_thread_per_op(), parallel.work_on(logits.device):
         return torch.cat(parallel.each(chunk, range(0, length, step))).cpu()
@@ -109,24 +109,21 @@ def _metrics(logits: torch.Tensor, following: torch.Tensor, reference: torch.Ten
         return {"nll": nll}
     reference = reference.float()
     expected = torch.log_softmax(reference, -1)
-    kld, kld_reversed = _divergences(expected, got)
+    p, q, log_ratio = expected.exp(), got.exp(), expected - got
+    kld, kld_reversed = _kl(p, q, log_ratio), _kl(q, p, -log_ratio)
     agreement = _agreement(likeliest(reference), likeliest(logits))
     return {"nll": nll, "kld": kld, "kld_reversed": kld_reversed, "agreement": agreement}
 
 
-def _divergences(log_p: torch.Tensor, log_q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """KL(p || q) and KL(q || p), float64 (n,), of log-probabilities (n, vocab).
+def _kl(p: torch.Tensor, q: torch.Tensor, log_ratio: torch.Tensor) -> torch.Tensor:
+    """KL(p || q), float64 (n,), of probabilities and log(p / q), (n, vocab).
 
     The sum of p log(p/q) + q - p: that is the same, as p and q both sum to 1, but no term is
     negative, so the rounding of the normalization cancels instead of drowning small divergences.
     """
-    p, q = log_p.exp(), log_q.exp()
-    ratio = log_p - log_q
-    excess = q - p
     # 0 log 0 = 0, and also where a probability is too small for float32.
-    forward = (p * ratio).masked_fill_(p == 0, 0).add_(excess)
-    backward = (q * ratio).masked_fill_(q == 0, 0).add_(excess).neg_()
-    return forward.sum(-1, dtype=torch.float64), backward.sum(-1, dtype=torch.float64)
+    terms = (p * log_ratio).masked_fill_(p == 0, 0).add_(q - p)
+    return terms.sum(-1, dtype=torch.float64)
 
 
 def likeliest(logits: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ from exl3.data.texts import read_texts
 from exl3.data.tokenizer import load_tokenizer
 from exl3.devices import CPU
 from exl3.errors import UserError
-from exl3.evaluate.metrics import mean_and_error, row_metrics
+from exl3.evaluate.metrics import mean_and_error, row_kld
 from exl3.evaluate.rows import check_tokens
 from exl3.evaluate.stream import stream_logits, stream_work
 from exl3.files import take_lock
@@ -170,7 +170,7 @@ def _measure(
     klds: list[list[torch.Tensor]] = [[] for _ in models]
     streams = [stream_logits(model, rows, progress=progress) for model in models]
     streams.insert(0, stream_logits(reference, rows, progress=progress, kept=kept))
-    for (row, expected), *others in zip(*streams, strict=True):
+    for (_, expected), *others in zip(*streams, strict=True):
         for own, (_, logits) in zip(klds, others, strict=True):
-            own.append(row_metrics(logits, rows[row : row + 1], expected)["kld"])
+            own.append(row_kld(logits, expected))
     return [Measured(*mean_and_error(own)[:2]) for own in klds]
