@@ -22,7 +22,7 @@ def few_tiles() -> Iterator[None]:
 
 @pytest.fixture
 def all_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Scales are searched as always: for tests of quality, and beside programs that are started."""
+    """Scales are searched as always: for tests of quality."""
     monkeypatch.setattr(scale, "STRATA", ALL_TILES)
 
 

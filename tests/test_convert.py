@@ -29,6 +29,10 @@ CONVERT = Path(__file__).resolve().parents[1] / "convert.py"
 SIZES = {"hidden_size": 128, "intermediate_size": 192, "vocab_size": 300}
 
 
+def slow(value):
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     """A tiny Qwen2: biases, dimensions that want padding, a tied head."""
@@ -151,7 +155,7 @@ class Killed(BaseException):
     """Stands for the moment a process dies."""
 
 
-@pytest.mark.parametrize("moment", ["before", "after"])
+@pytest.mark.parametrize("moment", [slow("before"), "after"])
 def test_death_at_any_file_written_changes_no_byte(tiny, finished, tmp_path, monkeypatch, moment):
     """Dies at one write after another, always in the same work folder, until it gets through."""
     replace = os.replace
@@ -181,7 +185,7 @@ def test_death_at_any_file_written_changes_no_byte(tiny, finished, tmp_path, mon
     assert digests(tmp_path / "out") == digests(finished)
 
 
-@pytest.mark.parametrize("moment", ["before", "within", "after"])
+@pytest.mark.parametrize("moment", [slow("before"), "within", slow("after")])
 def test_death_while_gradients_are_removed(tiny, finished, tmp_path, monkeypatch, capsys, moment):
     """They go once the output is complete, and are not missed."""
     job, work = flags(tiny, tmp_path / "out", tmp_path / "work"), tmp_path / "work"
@@ -230,7 +234,7 @@ def test_an_output_that_was_deleted_is_written_again_without_gradients(
     assert digests(tmp_path / "out") == digests(finished)
 
 
-@pytest.mark.parametrize("way", [(), ("--no_correction", "--hessian", "input")])
+@pytest.mark.parametrize("way", [(), slow(("--no_correction", "--hessian", "input"))])
 def test_the_progress_ends_at_its_total(tiny, tmp_path, monkeypatch, way):
     from exl3.jobs import convert as job
 
@@ -286,7 +290,17 @@ def start(*arguments):
     )
 
 
-def kill_and_resume(tiny, finished, tmp_path, kills, seed):
+@pytest.fixture(scope="module")
+def finished_outside(tiny, tmp_path_factory):
+    """The output of an uninterrupted program: here scales are searched on fewer tiles."""
+    base = tmp_path_factory.mktemp("outside")
+    process = start(*flags(tiny, base / "out", base / "work"))
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    return base / "out"
+
+
+def kill_and_resume(tiny, whole, tmp_path, kills, seed):
     """SIGKILL at random moments, each followed by `-w DIR -r` alone; the last run ends."""
     chance = random.Random(seed)
     work = tmp_path / "work"
@@ -304,20 +318,20 @@ def kill_and_resume(tiny, finished, tmp_path, kills, seed):
         process = start("-w", str(work), "-r")
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
-    assert digests(tmp_path / "out") == digests(finished)
+    assert digests(tmp_path / "out") == digests(whole)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="SIGKILL is not a signal of Windows")
-def test_sigkill_at_random_moments(tiny, finished, tmp_path):
-    kill_and_resume(tiny, finished, tmp_path, kills=3, seed=1)
+def test_sigkill_at_random_moments(tiny, finished_outside, tmp_path):
+    kill_and_resume(tiny, finished_outside, tmp_path, kills=3, seed=1)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="SIGKILL is not a signal of Windows")
 @pytest.mark.parametrize("seed", range(2, 5))
-def test_sigkill_at_many_random_moments(tiny, finished, tmp_path, seed):
-    kill_and_resume(tiny, finished, tmp_path, kills=8, seed=seed)
+def test_sigkill_at_many_random_moments(tiny, finished_outside, tmp_path, seed):
+    kill_and_resume(tiny, finished_outside, tmp_path, kills=8, seed=seed)
 
 
 def test_complete_output_is_left_alone(tiny, finished, tmp_path, capsys):

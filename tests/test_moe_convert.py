@@ -59,7 +59,9 @@ def plain_keys(folder: Path, layers: dict[str, tuple[int, int]]) -> set[str]:
     return {key for key in keys if key.rpartition(".")[0] not in layers}
 
 
-SLOW = {"qwen3_moe", "glm4_moe", "qwen3_5_text", "qwen3_5_moe_text"}  # much like the others
+# Much like the others, or long.
+SLOW = {"qwen2_moe", "qwen3_moe", "glm4_moe", "deepseek_v3"}
+SLOW |= {"qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"}
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +107,7 @@ def test_the_layers_of_gpt_oss_are_named_as_readers_want_them(converted):
 # -- Tensors that stay ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_dtypes_of_what_is_not_quantized(converted):
     _, quant = converted("qwen3_next")
     tensors = load_file(quant / "model.safetensors")

@@ -15,6 +15,8 @@ from exl3.quant.ldlq import ldlq, round_plain
 from exl3.quant.linear import proxy_error
 from exl3.quant.scale import sample_tiles, search_scale
 
+pytestmark = pytest.mark.usefixtures("all_tiles")
+
 
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
