@@ -61,8 +61,8 @@ def row_metrics(
 
 @torch.no_grad()
 def row_kld(logits: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """The `kld` of `row_metrics` alone, at less than half its cost: KL(reference || model) of every position,
-    float64 (length,), on the CPU. Both logits: (1, length, vocab)."""
+    """The `kld` of `row_metrics` alone, at half its cost or less: KL(reference || model) of every
+    position, float64 (length,), on the CPU. Both logits: (1, length, vocab)."""
     length, vocab = logits.shape[1:]
     step = max(1, CHUNK // vocab)
 
