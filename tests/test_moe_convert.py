@@ -83,7 +83,7 @@ def converted(tmp_path_factory):
 @pytest.mark.parametrize(
     "kind", [pytest.param(k, marks=[pytest.mark.slow] * (k in SLOW)) for k in KINDS]
 )
-def test_a_quant_of_eight_bits_is_nearly_the_model(converted, kind):
+def test_a_quant_of_eight_bits_is_nearly_the_model(converted, all_tiles, kind):
     folder, quant = converted(kind)
     layers = layer_shapes(folder)
     plain = plain_keys(folder, layers)

@@ -338,7 +338,7 @@ def test_death_while_tuning_changes_no_byte(tiny, tuned, tmp_path, monkeypatch, 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["mixtral", "gemma2"])
 @pytest.mark.parametrize("way", [WHOLE, BLOCKS])
-def test_other_models_are_tuned(tmp_path, kind, way):
+def test_other_models_are_tuned(tmp_path, all_tiles, kind, way):
     """Experts, which not every token meets, and corrected routers; norms that keep their weight
     less one, soft caps."""
     save_tiny(kind, tmp_path / "model", dtype=torch.bfloat16, **SIZES)
