@@ -468,7 +468,7 @@ def test_sigkill_at_random_moments(models, measured, tmp_path):
     assert out.read_bytes() == measured.read_bytes()
 
 
-@pytest.mark.parametrize("words, rows", [(8000, 16), (COLS * 6, 6)])
+@pytest.mark.parametrize(("words", "rows"), [(8000, 16), (COLS * 6, 6)])
 def test_gradients_have_rows_of_their_own(models, tmp_path, capsys, words, rows):
     """As many as a conversion's, spread over the text, or as many as it holds."""
     (tmp_path / "text.txt").write_text(" ".join(["the", "quick", "brown", "fox"] * (words // 4)))

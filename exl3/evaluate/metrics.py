@@ -62,7 +62,9 @@ def row_metrics(
 @torch.no_grad()
 def row_kld(logits: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     """The `kld` of `row_metrics` alone, at half its cost or less: KL(reference || model) of every
-    position, float64 (length,), on the CPU. Both logits: (1, length, vocab)."""
+    position, float64 (length,), on the CPU. Both logits: (1, length, vocab); UserError if they do
+    not belong together."""
+    _check_reference(logits, reference)
     length, vocab = logits.shape[1:]
     step = max(1, CHUNK // vocab)
 
@@ -86,7 +88,13 @@ def _check(logits: torch.Tensor, ids: torch.Tensor, reference: torch.Tensor | No
             f"the rows hold the token {int(ids.max())}, but the model knows only {vocab:,}; use "
             "the tokenizer that belongs to the model"
         )
-    if reference is None or reference.shape == logits.shape:
+    if reference is not None:
+        _check_reference(logits, reference)
+
+
+def _check_reference(logits: torch.Tensor, reference: torch.Tensor) -> None:
+    vocab = logits.shape[-1]
+    if reference.shape == logits.shape:
         return
     if reference.shape[:2] == logits.shape[:2]:
         raise UserError(
@@ -95,7 +103,7 @@ def _check(logits: torch.Tensor, ids: torch.Tensor, reference: torch.Tensor | No
         )
     raise UserError(
         f"the reference's logits are for a row of {reference.shape[1]} tokens, not of "
-        f"{ids.shape[1]}; make them again with this dataset"
+        f"{logits.shape[1]}; make them again with this dataset"
     )
 
 

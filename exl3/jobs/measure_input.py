@@ -4,7 +4,7 @@ checked before any work is done."""
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
@@ -168,9 +168,7 @@ def open_input(request: Request, device: torch.device = CPU) -> Input:
     if quants:
         _refuse_other_rope(quants)
         original = like_quant(original, quants[0].model, trust)
-    rows, hessian_rows = _rows(request, original)
-    gradient_rows = _draw(request, original, traced_rows(original, request.cols))
-    found = Input(original, quants, rows, hessian_rows, gradient_rows)
+    found = Input(original, quants, *_rows(request, original))
     _refuse_strangers(found)
     return found
 
@@ -269,11 +267,26 @@ def _refuse_strangers(found: Input) -> None:
             )
 
 
-def _rows(request: Request, original: StreamedModel) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows to measure on, and those to quantize with, from all over the text both."""
+def _rows(
+    request: Request, original: StreamedModel
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rows to measure on, to quantize with and for gradients, from all over the text each."""
+    text = original.config.get_text_config(decoder=True)
+    context = getattr(text, "max_position_embeddings", None)
+    if context and request.cols > context:
+        raise UserError(
+            f"-cc {request.cols}: the model's context is {context} tokens; give shorter rows"
+        )
+    draw = partial(
+        calibration_rows,
+        load_tokenizer(request.original, request.trust_remote_code),
+        cols=request.cols,
+        source=request.text,
+        vocab_size=text.vocab_size,
+    )
     apart = 0 if request.quants else request.hessian_rows
     wanted = request.rows + apart
-    rows = _draw(request, original, wanted)
+    rows = draw(wanted)
     if len(rows) < wanted:
         also = f", and {apart} more to quantize with (--hessian_rows)" if apart else ""
         raise UserError(
@@ -283,21 +296,7 @@ def _rows(request: Request, original: StreamedModel) -> tuple[torch.Tensor, torc
     measured = torch.arange(request.rows) * wanted // request.rows
     others = torch.ones(wanted, dtype=torch.bool)
     others[measured] = False
-    return rows[measured], rows[others]
-
-
-def _draw(request: Request, original: StreamedModel, count: int) -> torch.Tensor:
-    """So many rows of the text, evenly spread over it, or as many as it holds."""
-    text = original.config.get_text_config(decoder=True)
-    context = getattr(text, "max_position_embeddings", None)
-    if context and request.cols > context:
-        raise UserError(
-            f"-cc {request.cols}: the model's context is {context} tokens; give shorter rows"
-        )
-    tokenizer = load_tokenizer(request.original, request.trust_remote_code)
-    return calibration_rows(
-        tokenizer, count, request.cols, request.text, vocab_size=text.vocab_size
-    )
+    return rows[measured], rows[others], draw(traced_rows(original, request.cols))
 
 
 def padded_weights(linear: torch.nn.Linear) -> int:
