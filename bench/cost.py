@@ -48,7 +48,8 @@ def convert(args: argparse.Namespace, folder: Path, flags: list[str]) -> tuple[f
     """Wall seconds, CPU seconds, peak MiB; measured by a process that does nothing else."""
     given = [
         *("-i", str(folder / "model"), "-o", str(folder / "out"), "-w", str(folder / "work")),
-        *("-b", f"{args.bits:g}", "-cr", str(args.rows), "-cc", "512", "--check_rows", "0", *flags),
+        *("-b", f"{args.bits:g}", "-cr", str(args.rows), "-cc", "512", "--check_rows", "0"),
+        *("-d", args.device, *flags),
     ]
     program = (
         "import resource, subprocess, sys, time\n"
@@ -73,6 +74,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=11)
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--bits", type=float, default=3)
+    parser.add_argument("-d", "--device", default="0", help="a GPU, or cpu (0)")
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="cost-") as name:

@@ -7,7 +7,8 @@
 TEXT must not be part of TRAIN. Every result goes to the JSON as it comes; what is there already is
 not made again, so that the study can be stopped and go on (bench/results has what docs/fidelity.md
 tells). Prints a table: mean KLD over the seeds, its 95% interval (bootstrap over evaluation rows),
-the ratio to the baseline, CPU seconds.
+the ratio to the baseline, CPU seconds. A GPU's quants (`-d`) are as good and not the same: they
+want a file of their own.
 """
 
 import argparse
@@ -26,6 +27,7 @@ import torch
 
 from exl3.data.rows import evaluation_rows
 from exl3.data.tokenizer import load_tokenizer
+from exl3.devices import pick_device
 from exl3.evaluate.metrics import row_kld
 from exl3.evaluate.stream import stream_logits
 from exl3.files import atomic_file
@@ -78,8 +80,8 @@ def long_tails() -> Iterator[None]:
     tiles."""
 
     def even(tails: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        numbers = torch.linspace(0, len(tails) - 1, min(64, len(tails))).long()
-        return numbers, torch.full((len(numbers),), 1 / len(numbers))
+        numbers = torch.linspace(0, len(tails) - 1, min(64, len(tails))).long().to(tails.device)
+        return numbers, torch.full_like(numbers, 1 / len(numbers), dtype=torch.float32)
 
     with (
         mock.patch("exl3.quant.incoherence._flattest", lambda weight, scales, draws: draws[0]),
@@ -111,7 +113,7 @@ def plain() -> Iterator[None]:
     fitted again, experts' tokens count alike."""
 
     def ones(wanted: torch.Tensor, decoded: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
-        return torch.ones(wanted.shape[1])
+        return wanted.new_ones(wanted.shape[1])
 
     with (
         long_tails(),
@@ -135,8 +137,10 @@ def changes(variant: str) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 
-def make_quant(args: argparse.Namespace, variant: str, bits: float, seed: int, out: Path) -> float:
-    """Converts and returns the CPU seconds it took."""
+def make_quant(
+    args: argparse.Namespace, variant: str, bits: float, seed: int, out: Path
+) -> dict[str, float]:
+    """Converts and returns the seconds it took."""
     flags = VARIANTS[variant]
     text = ["-c", str(args.text)] if args.text else []
     if bits != int(bits):
@@ -144,26 +148,34 @@ def make_quant(args: argparse.Namespace, variant: str, bits: float, seed: int, o
     given = [
         *("-i", str(args.model), "-o", str(out / "quant"), "-w", str(out / "work")),
         *("-b", f"{bits:g}", "-hb", "6", "-cr", str(args.rows), "-cc", str(args.length), *text),
-        *("--seed", str(seed), "--check_rows", "0", *flags),
+        *("--seed", str(seed), "--check_rows", "0", "-d", args.device, *flags),
     ]
     request = read_request(convert_parser().parse_args(given))
-    began = time.process_time()
+    cpu, wall = time.process_time(), time.monotonic()
     with contextlib.redirect_stdout(io.StringIO()), changes(variant):
         convert(request)
-    return time.process_time() - began
+    cpu, wall = time.process_time() - cpu, time.monotonic() - wall
+    return {"cpu": round(cpu, 1), "wall": round(wall, 1)}
 
 
 class Judge:
     """The original's logits on the evaluation rows, and quants against them."""
 
-    def __init__(self, model: Path, text: Path, rows: int, length: int) -> None:
-        self.rows = evaluation_rows(load_tokenizer(model), text.read_text(), length, rows)
-        self.expected = [logits for _, logits in stream_logits(open_model(model), self.rows)]
+    def __init__(self, args: argparse.Namespace) -> None:
+        tokenizer, text = load_tokenizer(args.model), args.judge.read_text()
+        self.rows = evaluation_rows(tokenizer, text, args.length, args.judge_rows)
+        self.device, note = pick_device(args.device)
+        if note:
+            print(note, flush=True)
+        self.expected = [logits for _, logits in self._logits(args.model)]
+
+    def _logits(self, model: Path) -> Iterator[tuple[int, torch.Tensor]]:
+        return stream_logits(open_model(model, device=self.device), self.rows)
 
     def kld(self, quant: Path) -> list[float]:
         """Mean KL(original || quant) of every row."""
         found = []
-        for i, logits in stream_logits(open_model(quant), self.rows):
+        for i, logits in self._logits(quant):
             found.append(float(row_kld(logits, self.expected[i]).mean()))
         return found
 
@@ -251,6 +263,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--judge_rows", type=int, default=32)
+    parser.add_argument("-d", "--device", default="0", help="a GPU, or cpu (0)")
     parser.add_argument("--chart", type=Path)
     parser.add_argument("--table", action="store_true", help="make nothing, show what is there")
     args = parser.parse_args()
@@ -264,16 +277,17 @@ def main() -> None:
     missing = [entry for entry in wanted if entry[0] not in results and not args.table]
     judge = None
     if missing:
-        judge = Judge(args.model, args.judge, args.judge_rows, args.length)
+        judge = Judge(args)
     for name, variant, bits, seed in missing:
         folder = Path(tempfile.mkdtemp(prefix="fidelity-"))
-        cpu = make_quant(args, variant, bits, seed, folder)
+        seconds = make_quant(args, variant, bits, seed, folder)
         rows = judge.kld(folder / "quant")
-        told = {"variant": variant, "bits": bits, "seed": seed, "cpu": round(cpu, 1)}
+        told = {"variant": variant, "bits": bits, "seed": seed, **seconds}
         results[name] = told | {"rows": [float(f"{kld:.6g}") for kld in rows]}
         write_results(args.out, results)
         shutil.rmtree(folder)
-        print(f"{name}: KLD {np.mean(rows):.5f}, {cpu:.0f} CPU s", flush=True)
+        cost = f"{seconds['cpu']:.0f} CPU s, {seconds['wall']:.0f} s"
+        print(f"{name}: KLD {np.mean(rows):.5f}, {cost}", flush=True)
     shown = {name: results[name] for name, *_ in wanted if name in results}
     print_table(shown, args.seeds)
     if args.chart:
