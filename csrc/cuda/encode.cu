@@ -58,6 +58,9 @@ cudaError_t search(Round round, int64_t n, int64_t capacity, cudaStream_t stream
   cudaError_t error = current_device(&device);
   if (error != cudaSuccess) return error;
   error = cudaMemsetAsync(round.open_count, 0, sizeof(int32_t), stream);
+  // Rounds that leave no multiprocessor idle at the end, if there are several.
+  const int64_t most = device.processors * tiles_together(INT32_MAX, device, forward_bytes<K>(1));
+  if (capacity > most) capacity -= capacity % most;
   // As many rounds for the open tiles as if all were: their number is known on the device only,
   // where blocks without one end at once.
   const int64_t share = over(n, over(n, capacity));
@@ -72,7 +75,9 @@ cudaError_t search(Round round, int64_t n, int64_t capacity, cudaStream_t stream
       error = launch(forward_kernel<K>, dim3(static_cast<unsigned>(blocks)), kSearchers,
                      static_cast<int>(forward_bytes<K>(together)), stream, round, together);
       if (error != cudaSuccess) return error;
-      error = launch(trace_kernel<K>, dim3(static_cast<unsigned>(round.count)), kTracers,
+      const auto trace = round.codebook.kind == Kind::halves ? trace_kernel<K, Kind::halves>
+                                                             : trace_kernel<K, Kind::bytes>;
+      error = launch(trace, dim3(static_cast<unsigned>(round.count)), kTracers,
                      static_cast<int>(sizeof(TraceMemory<K>)), stream, round);
     }
   }

@@ -3,7 +3,7 @@
 // Every thread has the same 128 states at every step, so their values stay in its registers. Costs
 // of nodes are float16 numbers in shared memory. A branch pair, two neighbouring states, takes
 // three instructions: subtract, multiply-add, minimum. Which branch won is not recorded: costs
-// are kept in global memory every few steps, from where encode_trace.cuh finds the way back.
+// are copied to global memory every few steps, from where encode_trace.cuh finds the way back.
 #pragma once
 
 #include "cuda/encode_plan.cuh"
@@ -44,7 +44,7 @@ struct Searcher {
       const int p = i % X::kPairs, h = i / X::kPairs % X::kHighs, own = i / X::kPairs / X::kHighs;
       const int state =
           (first_high + h) * X::kNodes + first_node + own * X::kBranches + 2 * p;
-      value[i] = bits_of(scaled_values<K>(codebook, state, state + 1));
+      value[i] = bits_of(scaled<K>(values_of(codebook, state, state + 1)));
     }
   }
 
@@ -115,32 +115,11 @@ struct Searcher {
     }
   }
 
-  // The same to a kept row.
-  template <int kWords>
-  __device__ __forceinline__ void keep(const uint32_t (&word)[kWords], int number,
-                                       uint16_t* row) const {
-    uint16_t* to = row + X::kept_place(first_node);
-    if constexpr (X::kFixedBits > 0) {
-#pragma unroll
-      for (int i = 0; i < kWords; ++i) {
-        to[X::kept_place(2 * (number + i))] = static_cast<uint16_t>(word[i]);
-        to[X::kept_place(2 * (number + i) + 1)] = static_cast<uint16_t>(word[i] >> 16);
-      }
-    } else if constexpr (kWords == 4) {
-      reinterpret_cast<uint4*>(to)[number / 4] = make_uint4(word[0], word[1], word[2], word[3]);
-    } else if constexpr (kWords == 2) {
-      *reinterpret_cast<uint2*>(to) = make_uint2(word[0], word[1]);
-    } else if (part == 0) {
-      *reinterpret_cast<uint32_t*>(to) = word[0];
-    }
-  }
-
   // One step of one tile: costs at `in`, before the value `target` -> costs at `out`, behind it.
-  // With kMore they are lowered by `amount`, kept in `kept` if there is such a row, and the least
-  // of those that this thread has found is returned.
-  template <bool kMore>
+  // With kLower they are lowered by `amount`, and the least that this thread has found is returned.
+  template <bool kLower>
   __device__ __forceinline__ __half2 step(char* memory, int in, int out, uint32_t target,
-                                          __half2 amount, uint16_t* kept) const {
+                                          __half2 amount) const {
     uint32_t before[kLoaded / 2];
     load(memory, in, before);
     if constexpr (X::kInPlace) __syncthreads();
@@ -156,7 +135,7 @@ struct Searcher {
         minima(before, target, own + i, best);
 #pragma unroll
         for (int p = 0; p < X::kPairs; ++p) {
-          if constexpr (kMore) {
+          if constexpr (kLower) {
             best[p] = __hsub2(best[p], amount);
             least = __hmin2(least, best[p]);
           }
@@ -164,13 +143,19 @@ struct Searcher {
         }
       }
       store(word, own * X::kPairs, memory, out);
-      if constexpr (kMore) {
-        if (kept != nullptr) keep(word, own * X::kPairs, kept);
-      }
     }
     return least;
   }
 };
+
+// Copies a row of costs from shared memory to a kept row.
+template <int K>
+__device__ __forceinline__ void keep(const char* costs, uint16_t* row) {
+  const auto* from = reinterpret_cast<const uint4*>(costs);
+  auto* to = reinterpret_cast<uint4*>(row);
+#pragma unroll 2
+  for (int i = threadIdx.x; i < Trellis<K>::kNodes / 8; i += kSearchers) to[i] = from[i];
+}
 
 // Costs are never negative, so as float16 they are ordered like their bits.
 __device__ __forceinline__ uint32_t least_of_warp(__half2 two) {
@@ -191,13 +176,11 @@ constexpr size_t forward_bytes(int tiles) {
 // The costs that a walk starts from.
 template <int K>
 __device__ __forceinline__ void start_costs(const Round& round, int tile, int first,
-                                            uint16_t* costs, uint16_t* row) {
+                                            uint16_t* costs) {
   using X = Trellis<K>;
   const int start = round.held ? round.states[int64_t(tile) * kLength + first] >> K : -1;
   for (int node = threadIdx.x; node < X::kNodes; node += kSearchers) {
-    const uint16_t cost = start < 0 || node == start ? 0 : kInfinity;
-    costs[X::place(node)] = cost;
-    if (round.held) row[X::kept_place(node)] = cost;  // a walk without a lead keeps its start
+    costs[X::place(node)] = start < 0 || node == start ? 0 : kInfinity;
   }
 }
 
@@ -220,8 +203,7 @@ __global__ void __launch_bounds__(kSearchers, 1) forward_kernel(Round round, int
 
   for (int t = 0; t < tiles; ++t) {
     const int tile = round.tile_of(first_slot + t);
-    start_costs<K>(round, tile, walk.first, reinterpret_cast<uint16_t*>(memory + t * kTileBytes),
-                   rows + t * kSlot<K>);
+    start_costs<K>(round, tile, walk.first, reinterpret_cast<uint16_t*>(memory + t * kTileBytes));
     for (int i = thread; i < walk.steps(); i += kSearchers) {
       const float value = round.tiles[int64_t(tile) * kLength + (walk.first + i) % kLength];
       targets[t * walk.steps() + i] = target_of<K>(round.codebook, value);
@@ -231,24 +213,28 @@ __global__ void __launch_bounds__(kSearchers, 1) forward_kernel(Round round, int
   const Searcher<K> searcher(round.codebook, thread);
   __syncthreads();
 
-  for (int step = 0; step < walk.steps(); ++step) {
-    const bool find = step % kLowering == kLowering - 1;
-    const bool lower = step % kLowering == 0 && step > 0;
-    const int row = walk.row_after(step + 1);
+  for (int step = 0; step <= walk.steps(); ++step) {
     const int in = X::kInPlace ? 0 : step % 2 * kRowBytes;
     const int out = X::kInPlace ? 0 : kRowBytes - in;
+    const int kept = step - walk.lead;
+    if (kept >= 0 && kept % kPlans[K].spacing == 0) {
+      uint16_t* row = rows + kept / kPlans[K].spacing * X::kNodes;
+      for (int t = 0; t < tiles; ++t) keep<K>(memory + t * kTileBytes + in, row + t * kSlot<K>);
+    }
+    if (step == walk.steps()) break;
+    const bool find = step % kLowering == kLowering - 1;
+    const bool lower = step % kLowering == 0 && step > 0;
 #pragma unroll 1
     for (int t = 0; t < tiles; ++t) {
       const uint32_t target = targets[t * walk.steps() + step];
       const int tile_in = t * kTileBytes + in, tile_out = t * kTileBytes + out;
-      if (!find && !lower && row < 0) {
-        searcher.template step<false>(memory, tile_in, tile_out, target, __half2(), nullptr);
+      if (!find && !lower) {
+        searcher.template step<false>(memory, tile_in, tile_out, target, __half2());
         continue;
       }
       const __half2 amount = half2_of((lower ? least[t] : 0) * 0x10001u);
-      const __half2 found = searcher.template step<true>(
-          memory, tile_in, tile_out, target, amount,
-          row < 0 ? nullptr : rows + t * kSlot<K> + row * X::kNodes);
+      const __half2 found =
+          searcher.template step<true>(memory, tile_in, tile_out, target, amount);
       if (find) {
         const uint32_t least_found = least_of_warp(found);
         if (thread % kWarp == 0) atomicMin(least + t, least_found);

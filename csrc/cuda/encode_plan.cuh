@@ -8,7 +8,7 @@ namespace exl3::cuda {
 
 constexpr int kLength = 256;     // values of a tile
 constexpr int kSearchers = 512;  // threads of a block that walk forward
-constexpr int kTracers = 256;    // threads of a block that find the way back
+constexpr int kTracers = kWarp;  // that find a tile's way back: waiting for each other costs most
 constexpr int kLowering = 16;    // steps from one lowering of the costs to the next
 
 // How the search is done at each number of bits. These numbers define its result.
@@ -17,18 +17,18 @@ struct Plan {
   float scale;  // of values and tiles, a power of two: keeps squares of small errors normal numbers
   bool fine;    // float16 is too coarse for the tile: what it lacks is subtracted as well
   int lead;     // steps walked before the first value, round the circle, to forget the free start
-  int spacing;  // costs are kept every so many steps
+  int spacing;  // costs are kept every so many steps, a power of two
   int reach;    // an open seam is closed by a second search of so many values on either side
 };
 
 constexpr Plan kPlans[9] = {
     {},
-    {1.40f, 1, false, 96, 12, 96},
-    {1.25f, 1, false, 96, 6, 64},
-    {1.15f, 2, false, 80, 4, 64},
-    {1.20f, 2, false, 96, 3, 32},
-    {1.30f, 4, false, 96, 2, 32},
-    {1.20f, 4, false, 64, 2, 32},
+    {1.40f, 1, false, 96, 8, 96},
+    {1.25f, 1, false, 96, 4, 64},
+    {1.15f, 2, false, 80, 2, 64},
+    {1.20f, 2, false, 96, 2, 32},
+    {1.30f, 4, false, 96, 1, 32},
+    {1.20f, 4, false, 64, 1, 32},
     {1.08f, 8, false, 64, 1, 32},
     {1.05f, 16, true, 64, 1, 32},
 };
@@ -68,15 +68,13 @@ struct Trellis {
     if (kGathered) node = (node % kGroups) * kBranches + node / kGroups;
     return swizzled(node);
   }
+  static constexpr __host__ __device__ int node_at(int place) {
+    const int node = swizzled(place);  // which is its own inverse
+    return kGathered ? (node % kBranches) * kGroups + node / kBranches : node;
+  }
   // With 1 bit, costs after a step take the place of those before it, for lack of room.
   static constexpr bool kInPlace = K == 1;
   static constexpr int kBuffers = kInPlace ? 1 : 2;
-
-  // Costs of nodes in a kept row: the way back from a node reads neighbouring ones.
-  static constexpr int kFixedBits = K <= 2 ? kNodeBits - K * plan.spacing : 0;
-  static constexpr __host__ __device__ int kept_place(int node) {
-    return (node & ((1 << kFixedBits) - 1)) << (kNodeBits - kFixedBits) | node >> kFixedBits;
-  }
 };
 
 // One walk along the values of a tile.
@@ -84,22 +82,8 @@ struct Walk {
   int first;  // its first value
   int lead;   // steps before costs are kept
   int kept;   // steps after that
-  int spacing;
 
   constexpr __host__ __device__ int steps() const { return lead + kept; }
-  // Rows beyond row 0, which stands before the first kept step. The last one stands behind the
-  // last step; the first stretch between rows may be short.
-  constexpr __host__ __device__ int rows() const { return (kept + spacing - 1) / spacing; }
-  // Kept steps before row `row`.
-  constexpr __host__ __device__ int steps_before(int row) const {
-    return row == 0 ? 0 : kept - (rows() - row) * spacing;
-  }
-  // The row that stands behind so many steps of `lead` and kept ones, or -1.
-  __host__ __device__ int row_after(int steps_done) const {
-    const int left = steps() - steps_done;
-    if (left == kept) return 0;
-    return left < kept && left % spacing == 0 ? rows() - left / spacing : -1;
-  }
 };
 
 // The free walk starts anywhere, before the tile's first value; the held one leads from a node of
@@ -107,12 +91,15 @@ struct Walk {
 template <int K>
 constexpr __host__ __device__ Walk walk_of(bool held) {
   constexpr Plan plan = kPlans[K];
-  return held ? Walk{kLength - plan.reach, 0, 2 * plan.reach, plan.spacing}
-              : Walk{(kLength - plan.lead) % kLength, plan.lead, kLength, plan.spacing};
+  static_assert(kLength % plan.spacing == 0 && 2 * plan.reach % plan.spacing == 0);
+  return held ? Walk{kLength - plan.reach, 0, 2 * plan.reach}
+              : Walk{(kLength - plan.lead) % kLength, plan.lead, kLength};
 }
 
+// Kept rows of costs, as they lie in shared memory: one before the first kept step, one behind every
+// `spacing` of them.
 template <int K>
-constexpr int64_t kSlot = int64_t(walk_of<K>(false).rows() + 1) * Trellis<K>::kNodes;
+constexpr int64_t kSlot = int64_t(kLength / kPlans[K].spacing + 1) * Trellis<K>::kNodes;
 
 // One round of a search: some of the call's tiles, each with a slot for its kept rows.
 struct Round {
@@ -146,9 +133,8 @@ __device__ __forceinline__ uint32_t target_of(const Codebook& codebook, float va
 
 // Values of two states in the search's scale: exact, the scale is a power of two.
 template <int K>
-__device__ __forceinline__ __half2 scaled_values(const Codebook& codebook, int first, int second) {
-  return __hmul2(half2_of(values_of(codebook, first, second)),
-                 __float2half2_rn(kPlans[K].scale));
+__device__ __forceinline__ __half2 scaled(uint32_t values) {
+  return __hmul2(half2_of(values), __float2half2_rn(kPlans[K].scale));
 }
 
 // Costs behind two branches.

@@ -5,135 +5,168 @@
 // step back, and shrink to the one node walking forward: a small part of a step's work.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/encode_plan.cuh"
 #include "cuda/launch.hpp"
 
 namespace exl3::cuda {
 
-// Asks for a row that will be read soon.
-__device__ __forceinline__ void prefetch(const void* address) {
-#if defined(__CUDA_ARCH__)
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
-#else
-  (void)address;
-#endif
-}
-
-// Shared memory of a block.
+// Shared memory of a tile. Costs before a step lie in the order [node behind it][branch to that].
 template <int K>
 struct TraceMemory {
-  static constexpr int kMost = 1 << K * (kPlans[K].spacing - 1);  // nodes behind the first step
+  static constexpr int kFirst = 1 << K * (kPlans[K].spacing - 1);  // nodes behind the first step
+  alignas(16) uint16_t cost[2][kFirst << K];  // before a step and behind it
   uint32_t target[kLength];
   uint16_t state[kLength];
   uint16_t node_at[kLength + 1];  // of the path, at each kept row
-  uint16_t cost[2][kMost];        // after the last step and the one before
-  uint8_t chosen[2 * kMost];      // the branch to each of n nodes at [n, 2 n): n tells the step
-  uint32_t least[kTracers / kWarp];
+  uint8_t chosen[2 * kFirst];     // the branch to each of n nodes at [n, 2 n): n tells the step
 };
 
-// A block that traces one tile. All its threads call everything and get the same results.
-template <int K>
+// The least number of all lanes.
+__device__ __forceinline__ uint32_t least_of_all(uint32_t x) {
+#if defined(__CUDA_ARCH__)
+  return __reduce_min_sync(0xFFFFFFFFu, x);
+#else
+  for (int mask = 1; mask < kWarp; mask *= 2) x = min(x, from_lane_xor(x, mask));
+  return x;
+#endif
+}
+
+// A warp that traces one tile. All its lanes call everything and get the same results. With few
+// tiles nothing hides what a lane waits for, so loops are unrolled and loads stand before them.
+template <int K, Kind kKind>
 struct Tracer {
   using X = Trellis<K>;
-  const Codebook& codebook;
+  static constexpr int kSpacing = kPlans[K].spacing;
+  const Mix mix;
   const Walk walk;
   const uint16_t* rows;
   TraceMemory<K>& shared;
+  const int lane;  // known to be less than kTracers
 
-  // The cheapest node of the last row, the first of several.
+  // The cheapest node of the last row, of several the one whose place is first.
   __device__ int cheapest() const {
-    const uint16_t* row = rows + walk.rows() * X::kNodes;
-    uint32_t least = ~0u;  // cost, node
-    for (int node = threadIdx.x; node < X::kNodes; node += kTracers) {
-      least = min(least, uint32_t{row[X::kept_place(node)]} << 16 | node);
+    const auto* units =
+        reinterpret_cast<const uint4*>(rows + walk.kept / kSpacing * X::kNodes);
+    uint32_t least = ~0u;  // cost, place
+#pragma unroll 4
+    for (int unit = lane; unit < X::kNodes / 8; unit += kTracers) {
+      const uint4 costs = units[unit];
+      const uint32_t words[4] = {costs.x, costs.y, costs.z, costs.w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const uint32_t place = 8 * unit + 2 * i;
+        least = min(least, min(words[i] << 16 | place, (words[i] & 0xFFFF0000u) | (place + 1)));
+      }
     }
-    least = least_of_lanes(least, kWarp);
-    if (threadIdx.x % kWarp == 0) shared.least[threadIdx.x / kWarp] = least;
-    __syncthreads();
-    for (int i = 0; i < kTracers / kWarp; ++i) least = min(least, shared.least[i]);
-    return least & 0xFFFF;
+    return X::node_at(least_of_all(least) & 0xFFFF);
   }
 
   // Follows the cheapest path back from `end`. If it joins the path of an earlier call it leads
   // on like that one, which saves the rest. Returns the node it starts from.
   __device__ int trace(int end, bool again) {
     int node = end;
-    for (int row = walk.rows(); row > 0; --row) {
-      const int first = walk.steps_before(row - 1), length = walk.steps_before(row) - first;
-      prefetch_row(row - 2);
-      for (int step = 1; step <= length; ++step) {
-        widen(rows + (row - 1) * X::kNodes, first, step, length, node);
-        __syncthreads();
-      }
-      node = read_off(first, length, node);
-      const bool joined = again && shared.node_at[row - 1] == node;
+    for (int row = walk.kept / kSpacing - 1; row >= 0; --row) {
+      gather(rows + row * X::kNodes, node);
+      __syncthreads();
+      const int last = widen(std::integral_constant<int, 1>(), row * kSpacing, node);
+      node = read_off(row * kSpacing, last, node);
+      const bool joined = again && shared.node_at[row] == node;
       __syncthreads();
       if (joined) return shared.node_at[0];
-      if (threadIdx.x == 0) shared.node_at[row - 1] = static_cast<uint16_t>(node);
+      if (lane == 0) shared.node_at[row] = static_cast<uint16_t>(node);
     }
     __syncthreads();
     return node;
   }
 
  private:
-  static __device__ __forceinline__ uint32_t least_of_lanes(uint32_t x, int lanes) {
-    for (int mask = 1; mask < lanes; mask *= 2) x = min(x, from_lane_xor(x, mask));
-    return x;
+  // A node that `end` can be reached from in `steps` steps, by the bits that it leaves free.
+  static __device__ __forceinline__ int node_before(int end, int steps, int free) {
+    return free << (X::kNodeBits - K * steps) | end >> K * steps;
   }
 
-  __device__ __forceinline__ void prefetch_row(int row) const {
-    // With few bits rows are large and little of them is read.
-    if (K < 3 || row < 0) return;
-    const char* bytes = reinterpret_cast<const char*>(rows + row * X::kNodes);
-    constexpr int kSector = 32;
-    for (int at = threadIdx.x * kSector; at < X::kNodes * 2; at += kTracers * kSector) {
-      prefetch(bytes + at);
+  // The costs of a kept row from which `end` can be reached.
+  __device__ __forceinline__ void gather(const uint16_t* row, int end) {
+    if constexpr (X::kGathered) {  // those of all branches to a node stand together
+      constexpr int kUnits = X::kBranches / 8, kAll = TraceMemory<K>::kFirst * kUnits;
+      static_assert(kAll <= kTracers);
+      if (lane < kAll) {
+        const int node = node_before(end, kSpacing - 1, lane / kUnits);
+        const int place = swizzled((node >> K) * X::kBranches + lane % kUnits * 8);
+        reinterpret_cast<uint4*>(shared.cost[0])[lane] =
+            *reinterpret_cast<const uint4*>(row + place);
+      }
+    } else {
+      constexpr int kOwn = (TraceMemory<K>::kFirst << K) / kTracers;
+      uint16_t costs[kOwn];
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i) {
+        const int at = lane + i * kTracers, high = at % X::kBranches;
+        const int node = node_before(end, kSpacing - 1, at / X::kBranches);
+        costs[i] = row[X::place((high << X::kNodeBits | node) >> K)];
+      }
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i) shared.cost[0][lane + i * kTracers] = costs[i];
     }
   }
 
-  // Step `step` of the `length` that lead from `row` to node `end`: the cheapest branch to each
-  // node from which `end` can be reached. Where they are few, lanes share the branches of one.
-  __device__ __forceinline__ void widen(const uint16_t* row, int first, int step, int length,
-                                        int end) {
-    const int free = K * (length - step);  // bits of these nodes that `end` leaves free
-    const int count = 1 << free, known = end >> free;
-    const int lanes = larger(1, smaller(kTracers >> free, smaller(X::kBranches / 2, kWarp)));
-    const uint32_t target = shared.target[first + step - 1];
-    const uint16_t* before = shared.cost[(step - 1) % 2];
-    for (int from = 0; from < count; from += kTracers / lanes) {
-      const int i = from + threadIdx.x / lanes;
-      uint32_t least = ~0u;  // cost, branch
-      if (i < count) {
-        const int node = i << (X::kNodeBits - free) | known;
-#pragma unroll 4
-        for (int high = 2 * (threadIdx.x % lanes); high < X::kBranches; high += 2 * lanes) {
-          const int state = high << X::kNodeBits | node, next = state + X::kNodes;
-          const uint32_t low_cost =
-              step == 1 ? row[X::kept_place(state >> K)] : before[high * count + i];
-          const uint32_t high_cost =
-              step == 1 ? row[X::kept_place(next >> K)] : before[(high + 1) * count + i];
-          const uint32_t sums =
-              bits_of(cost_behind<K>(half2_of(high_cost << 16 | low_cost),
-                                     scaled_values<K>(codebook, state, next), target));
+  // Steps from `step` on that lead to `end`: the cheapest branch to each node from which it can be
+  // reached. Where they are few, lanes share the branches of one. Returns the last branch.
+  template <int kStep>
+  __device__ __forceinline__ int widen(std::integral_constant<int, kStep>, int first, int end) {
+    constexpr int kAfter = kSpacing - kStep, kCount = 1 << K * kAfter;
+    constexpr int kLanes = smaller(larger(1, kTracers / kCount), X::kBranches / 2);
+    const uint32_t target = shared.target[first + kStep - 1];
+    const uint16_t* before = shared.cost[(kStep - 1) % 2];
+    uint32_t least;  // cost, branch
+#pragma unroll
+    for (int from = 0; from < kCount; from += kTracers / kLanes) {
+      const int i = from + lane / kLanes;
+      least = ~0u;
+      if (i < kCount) {
+        const int node = node_before(end, kAfter, i);
+#pragma unroll
+        for (int n = 0; n < X::kBranches / 2; n += kLanes) {
+          const int high = 2 * (n + lane % kLanes), state = high << X::kNodeBits | node;
+          const auto costs = *reinterpret_cast<const uint32_t*>(before + i * X::kBranches + high);
+          const __half2 values = scaled<K>(values_of<kKind>(mix, state, state + X::kNodes));
+          const uint32_t sums = bits_of(cost_behind<K>(half2_of(costs), values, target));
           least = min(least, min(sums << 16 | high, (sums & 0xFFFF0000u) | (high + 1)));
         }
       }
-      least = least_of_lanes(least, lanes);
-      if (i < count && threadIdx.x % lanes == 0) {
-        shared.cost[step % 2][i] = static_cast<uint16_t>(least >> 16);
-        shared.chosen[count + i] = static_cast<uint8_t>(least);
+      if constexpr (kAfter > 0) {
+#pragma unroll
+        for (int mask = 1; mask < kLanes; mask *= 2) {
+          least = min(least, from_lane_xor(least, mask));
+        }
+        if (i < kCount && lane % kLanes == 0) {
+          constexpr int kNext = kCount >> K;  // nodes behind the next step
+          shared.cost[kStep % 2][i % kNext * X::kBranches + i / kNext] =
+              static_cast<uint16_t>(least >> 16);
+          shared.chosen[kCount + i] = static_cast<uint8_t>(least);
+        }
       }
+    }
+    if constexpr (kAfter > 0) {
+      __syncthreads();
+      return widen(std::integral_constant<int, kStep + 1>(), first, end);
+    } else {
+      return least_of_all(least) & 0xFF;
     }
   }
 
-  // The states of a stretch that ends at `node`. Returns the node that it starts from.
-  __device__ __forceinline__ int read_off(int first, int length, int node) {
+  // The states of a stretch that ends at `node` by the branch `high`. Returns the node that it
+  // starts from.
+  __device__ __forceinline__ int read_off(int first, int high, int node) {
     int i = 0;
-    for (int step = length; step > 0; --step) {
-      const int count = 1 << K * (length - step);
-      const int high = shared.chosen[count + i];
+#pragma unroll
+    for (int step = kSpacing; step > 0; --step) {
+      const int count = 1 << K * (kSpacing - step);
+      if (step < kSpacing) high = shared.chosen[count + i];
       const int state = high << X::kNodeBits | node;
-      if (threadIdx.x == 0) shared.state[first + step - 1] = static_cast<uint16_t>(state);
+      if (lane == 0) shared.state[first + step - 1] = static_cast<uint16_t>(state);
       i += high * count;
       node = state >> K;
     }
@@ -144,8 +177,9 @@ struct Tracer {
 // Traces the slots of a round, a block each. A free path closes its circle if it passes the first
 // value's node where it ends; one that does not shows a better end: the node where it passed the
 // seam. Tiles that stay open are noted for a held walk.
-template <int K>
+template <int K, Kind kKind>
 __global__ void __launch_bounds__(kTracers) trace_kernel(Round round) {
+  const int lane = threadIdx.x % kTracers;
   const int slot = blockIdx.x;
   if (slot >= round.slots()) return;
   const int tile = round.tile_of(slot);
@@ -156,12 +190,12 @@ __global__ void __launch_bounds__(kTracers) trace_kernel(Round round) {
   float* values = round.values + int64_t(tile) * kLength;
 
   const int skipped = walk.first + walk.lead;
-  for (int i = threadIdx.x; i < walk.kept; i += kTracers) {
+  for (int i = lane; i < walk.kept; i += kTracers) {
     memory.target[i] = target_of<K>(round.codebook, target[(skipped + i) % kLength]);
   }
   __syncthreads();
 
-  Tracer<K> tracer{round.codebook, walk, round.rows + slot * kSlot<K>, memory};
+  Tracer<K, kKind> tracer{round.codebook.mix, walk, round.rows + slot * kSlot<K>, memory, lane};
   if (round.held) {
     tracer.trace(states[(skipped + walk.kept) % kLength] >> K, false);
   } else {
@@ -172,14 +206,14 @@ __global__ void __launch_bounds__(kTracers) trace_kernel(Round round) {
       closed = start == end;
       end = start;
     }
-    if (!closed && threadIdx.x == 0) round.open[atomicAdd(round.open_count, 1)] = tile;
+    if (!closed && lane == 0) round.open[atomicAdd(round.open_count, 1)] = tile;
   }
 
-  for (int i = threadIdx.x; i < walk.kept; i += kTracers) {
+  for (int i = lane; i < walk.kept; i += kTracers) {
     const int at = (skipped + i) % kLength;
     const uint32_t state = memory.state[i];
     states[at] = static_cast<uint16_t>(state);
-    values[at] = __low2float(half2_of(values_of(round.codebook, state, state)));
+    values[at] = __low2float(half2_of(values_of<kKind>(round.codebook.mix, state, state)));
   }
 }
 
