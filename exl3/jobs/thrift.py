@@ -20,6 +20,7 @@ from exl3.jobs.streams import BATCH_TOKENS, SAMPLE_ROWS
 from exl3.jobs.survey import survey_folder
 from exl3.memory import GIB, available_bytes, resident_now
 from exl3.model.streamed import StreamedModel
+from exl3.quant.two_sided import SQUARE, TOGETHER
 from exl3.sensitivity import share_of_tokens
 
 
@@ -279,15 +280,17 @@ def _head_peak(settings: Settings, model: StreamedModel, plan: Plan) -> int:
 
 def _linear_peak(settings: Settings, linear: nn.Linear, head: bool = False) -> int:
     """Of quantize_linear: three and a half copies of the weight, six of a float64 Hessian; with a
-    target, and with an output-side Hessian, one more of the weight each. A large head's
-    output-side Hessian is in blocks: a sum, its mean, and what every thread adds to it."""
+    target one more of the weight, with an output-side Hessian two. A large head's output-side
+    Hessian is in blocks: a sum, its mean, and what every thread adds to it; there some columns at
+    a time are copied."""
     rows, columns = padded(linear.in_features), padded(linear.out_features)
     copies = 3.5 if settings.no_correction else 4.5
     outputs = 0
     if settings.hessian == "kron":
         blocks = (2 + parallel.threads()) * 4 * HADAMARD * columns
         whole = not head or linear.out_features <= WHOLE_HEAD
-        copies, outputs = copies + 1, (2 * 8 + 2 * 4) * columns**2 if whole else blocks
+        outputs = (2 * 8 + 2 * 4) * columns**2 if whole else blocks
+        copies += 2 if whole else 2 * min(1.0, TOGETHER * SQUARE / columns)
     return int(copies * 4 * rows * columns) + 6 * 8 * rows**2 + outputs
 
 
