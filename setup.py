@@ -60,6 +60,7 @@ setup(
             [str(path.relative_to(HERE)) for path in build.sources(CSRC, GPU)],
             include_dirs=[str(CSRC)],
             extra_compile_args={"cxx": build.FLAGS, **({"nvcc": build.GPU_FLAGS} if GPU else {})},
+            extra_link_args=build.LINK_FLAGS,
         )
     ],
     # The library registers torch ops and has no Python interface of its own.

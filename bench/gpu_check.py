@@ -40,7 +40,8 @@ BENCHED = ("encode", "decode", "linear", "convert")
 # Of the tests about CUDA, those that compile or emulate: they need no GPU, and minutes.
 WITHOUT_GPU = {"test_cuda_compile.py", "test_cuda_host.py", "test_cuda_search.py"}
 IMPORTED = {"pyyaml": "yaml"}  # packages whose module has another name
-TAIL = 12  # lines of what a failed part said
+TAIL, WIDTH = 12, 200  # lines of what a failed part said, letters of one
+FATAL, MODULES = "Fatal Python error", "Extension modules:"  # of Python's own report of a crash
 FOUND = "GPU-CHECK "  # before what a process found, as JSON
 
 Part = dict[str, Any]  # name, ok, seconds, and "error" or what was found
@@ -314,7 +315,11 @@ def found_by(
 
 
 def tail(said: str) -> str:
-    return "\n".join(said.strip().splitlines()[-TAIL:]) or "it said nothing"
+    """The end of what a process said, or where a crash began and the way there."""
+    lines = [line[:WIDTH] for line in said.strip().splitlines() if not line.startswith(MODULES)]
+    crash = next((i for i, line in enumerate(lines) if FATAL in line), None)
+    shown = lines[-TAIL:] if crash is None else lines[crash : crash + TAIL]
+    return "\n".join(shown) or "it said nothing"
 
 
 # -- The report ------------------------------------------------------------------------------------
@@ -322,7 +327,9 @@ def tail(said: str) -> str:
 
 def summary(part: Part) -> str:
     if not part["ok"]:
-        return f"FAILED after {part['seconds']} s: {part['error'].splitlines()[-1]}"
+        lines = part["error"].splitlines()
+        why = next((line for line in lines if FATAL in line), lines[-1])
+        return f"FAILED after {part['seconds']} s: {why}"
     found = part["found"]
     told = f"{len(found)} rows" if isinstance(found, list) else ", ".join(map(pair, found.items()))
     return f"ok, {part['seconds']} s: {told}"

@@ -27,6 +27,9 @@ PACKAGE = Path(__file__).resolve().parent
 CSRC = PACKAGE / "csrc" if (PACKAGE / "csrc").is_dir() else PACKAGE.parent / "csrc"
 FLAGS = ["/O2", "/std:c++20"] if WINDOWS else ["-O3", "-g0", "-std=c++20", "-Wall"]
 GPU_FLAGS = ["-O3"]  # torch adds its C++ standard and the chips
+# A C++ library that a compiler links in (some images have no other) must not mix with torch's:
+# printing a number crashed.
+LINK_FLAGS = ["-Wl,--exclude-libs,ALL"] if sys.platform.startswith("linux") else []
 # What is built where no GPU is seen, by `pip install` in a container; newer chips take the last.
 DEFAULT_CHIPS = "8.0;8.6;8.9;9.0+PTX"
 HEADERS = ("include", "targets/*/include")  # of CUDA, in its folder
@@ -134,7 +137,8 @@ def _files(csrc: Path, gpu: bool) -> list[Path]:
 
 def fingerprint(csrc: Path, gpu: bool = False) -> str:
     """What a built extension must fit, as a hash: sources, flags, torch, Python, platform."""
-    build = (FLAGS, str(torch.__version__), sys.implementation.cache_tag, sysconfig.get_platform())
+    where = (str(torch.__version__), sys.implementation.cache_tag, sysconfig.get_platform())
+    build = (FLAGS, LINK_FLAGS, *where)
     digest = hashlib.sha256(repr((*build, GPU_FLAGS) if gpu else build).encode())
     for path in _files(csrc, gpu):
         content = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -245,6 +249,7 @@ def _compile(folder: Path, gpu: bool) -> Path:
         "extra_include_paths": [str(csrc)],
         "extra_cflags": FLAGS,
         "extra_cuda_cflags": GPU_FLAGS,
+        "extra_ldflags": LINK_FLAGS,
         "build_directory": str(folder),
         "is_python_module": False,
     }

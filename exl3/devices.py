@@ -82,6 +82,8 @@ def _settle_arithmetic() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False
     # Of ops that know no other way (a sum in parallel over a long row); what is left is told here.
     warnings.filterwarnings("ignore", message=".*does not have a deterministic implementation.*")
+    # Autograd's own thread begins without a context, and torch makes one.
+    warnings.filterwarnings("ignore", message="Attempting to run cuBLAS, but there was no current")
 
 
 def attention_for_gradients(device: torch.device) -> AbstractContextManager:
