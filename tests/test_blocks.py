@@ -195,4 +195,4 @@ def test_correction_reduces_the_error_between_the_streams(tmp_path, capsys, hess
     original = last_states(folder, picked)
     lost = float((last_states(tmp_path / "with", picked) - original).norm() / original.norm())
     said = float(re.search(r"model.layers.1: relative error (\S+)", told)[1])
-    assert abs(said - lost) < 1e-3  # rows one by one here, together there: sums of another order
+    assert abs(said - lost) < 1e-4  # printed to four decimals; other batches sum in another order

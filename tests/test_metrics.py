@@ -7,7 +7,7 @@ import torch
 
 from exl3.errors import UserError
 from exl3.evaluate import metrics
-from exl3.evaluate.metrics import Scores, likeliest, row_metrics, student_t, summarize
+from exl3.evaluate.metrics import Scores, likeliest, row_kld, row_metrics, student_t, summarize
 
 LENGTH, VOCAB = 50, 301
 
@@ -213,3 +213,10 @@ def test_scores_are_the_same_numbers():
     assert scores.kld == pytest.approx(summary.divergence.mean)
     assert scores.perplexity == pytest.approx(summary.ppl)
     assert scores.top1 == pytest.approx(summary.divergence.agreement[0])
+
+
+@pytest.mark.parametrize("shape", [(1, LENGTH, VOCAB + 1), (1, LENGTH - 1, VOCAB)])
+def test_kld_alone_refuses_a_reference_of_another_model_or_row(shape):
+    logits, *_ = some_row()
+    with pytest.raises(UserError, match="vocabulary" if shape[1] == LENGTH else "dataset"):
+        row_kld(logits, torch.zeros(shape))

@@ -98,8 +98,9 @@ def test_less_is_kept_with_fewer_wishes(models):
 
 
 def test_the_heads_output_side_hessian_counts(models, monkeypatch):
-    """One more copy of the weight, and of a large head's blocks of 128 outputs a sum, its mean, and
-    one a thread; a small one's whole matrix, as of any linear."""
+    """Two more copies of the weight, of a large head's columns that are taken together; and of its
+    blocks of 128 outputs a sum, its mean, and one a thread; a small one's whole matrix, as of any
+    linear."""
     monkeypatch.setattr(parallel, "_THREADS", 3)
     head = StreamedModel(models / "llama").head()[1]
     columns = 384  # 300, padded
@@ -109,11 +110,14 @@ def test_the_heads_output_side_hessian_counts(models, monkeypatch):
             thrift._linear_peak(settings(models, hessian=hessian), head, head=True)
             for hessian in ("input", "kron")
         )
-        return kron - plain - 4 * 128 * columns
+        return kron - plain
 
-    assert outputs() == 24 * columns**2
+    copies = 2 * 4 * 128 * columns
+    assert outputs() == copies + 24 * columns**2
     monkeypatch.setattr(thrift, "WHOLE_HEAD", 299)
-    assert outputs() == 5 * 4 * 128 * columns
+    assert outputs() == copies + 5 * 4 * 128 * columns
+    monkeypatch.setattr(thrift, "TOGETHER", 2)
+    assert outputs() == copies * 2 // 3 + 5 * 4 * 128 * columns
 
 
 def test_what_is_spilled_counts_on_the_disk(models):

@@ -7,7 +7,7 @@ import exl3
 from exl3 import parallel
 from exl3.format.trellis import LENGTH, TILE, matrix_to_tiles, pack
 from exl3.ops import decode_trellis
-from exl3.quant import linear
+from exl3.quant import linear, two_sided
 from exl3.quant.hessian import Hessian, block_ldl, damped
 from exl3.quant.ldlq import ldlq, round_plain
 from exl3.quant.scale import search_scale, widened_scale
@@ -99,6 +99,33 @@ def test_independent_outputs_give_the_one_sided_result():
     two, one = weight.clone(), weight.clone()
     states = two_sided_ldlq(two, factor_in, torch.eye(384), 2, "mcg")
     assert (states == ldlq(one, factor_in, 2, "mcg")).float().mean() > 0.99  # but for near ties
+
+
+@pytest.mark.parametrize("size", [(128, 128), (512, 128), (128, 640)])
+def test_narrow_and_low_matrices(size):
+    """Turns without a full square, and squares that are far from each other in one direction."""
+    weight = torch.randn(*size, generator=generator(7))
+    _, both = factors(*size)
+    error = weight.T.contiguous().T  # columns stand together in memory
+    states = two_sided_ldlq(error, *both, 2, "mcg")
+    assert torch.allclose(error, weight - decoded(states, 2), atol=1e-5)
+    assert torch.allclose(error, straightforward(weight, *both, 2), atol=1e-4)
+
+
+def test_independent_blocks_of_outputs_are_a_block_diagonal_factor(monkeypatch):
+    """Also where they are more than are taken together."""
+    monkeypatch.setattr(two_sided, "TOGETHER", 2)
+    weight = torch.randn(384, 640, generator=generator(8))
+    _, (factor_in, _) = factors(384, 640)
+    one, other = factors(128, 128)[1]
+    blocks = torch.stack([one, other, torch.eye(128), one, other])
+    errors = [weight.clone() for _ in range(2)]
+    states = [
+        two_sided_ldlq(error, factor_in, factor, 2, "mcg")
+        for error, factor in zip(errors, (blocks, torch.block_diag(*blocks)), strict=True)
+    ]
+    assert (states[0] == states[1]).float().mean() > 0.99  # but for near ties
+    assert torch.allclose(errors[0], weight - decoded(states[0], 2), atol=1e-5)
 
 
 def test_the_computed_scale_is_near_the_best():

@@ -17,7 +17,7 @@ from exl3.format.codebook import CODEBOOKS, codebook_table
 
 LEADS = (96, 96, 80, 96, 96, 64, 64, 64)  # steps before a tile's 256, for each number of bits
 # Clocks that a quarter of a multiprocessor spends on the branch pairs of a warp (docs/kernels.md).
-PAIR_CLOCKS = {(8, 0): 3.0, (8, 6): 4.0, (8, 9): 4.0, (9, 0): 2.5, (12, 0): 4.0}
+PAIR_CLOCKS = {(8, 0): 3.0, (8, 6): 4.0, (8, 9): 4.0, (9, 0): 4.0, (12, 0): 4.0}
 # Gaussian weights, in standard deviations of the codebook, as a conversion scales them.
 SCALE = (1.14, 1.02, 0.93, 0.94, 0.91, 0.88, 0.85, 0.80)
 MANY, FEW = 4096, 256  # tiles: of a large matrix, and of 16 rows of 4096 columns, as LDLQ asks

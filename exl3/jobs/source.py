@@ -16,7 +16,7 @@ from exl3.jobs.workdir import BACKEND, METHOD, WorkDir
 from exl3.model.rope import Rope
 from exl3.model.streamed import StreamedModel
 
-VERSION = "2"  # of the method; without one: 1
+VERSION = "3"  # of the method; without one: 1
 
 
 @dataclass

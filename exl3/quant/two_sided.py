@@ -63,7 +63,7 @@ class _Panels:
         factors_out: torch.Tensor,
     ) -> None:
         rows, columns = inner.shape
-        self.inner, self.factor_in, self.factors_out = inner, factor_in, factors_out
+        self.factor_in, self.factors_out = factor_in, factors_out
         self.panels, self.width = len(factors_out), factors_out.shape[-1]
         self.down, self.across = rows // TILE, self.width // TILE  # tiles
         self.near_in = near_in.mT  # (i, 1, 16, near)
@@ -71,6 +71,7 @@ class _Panels:
         # What a tile near the edge reads beyond it, it multiplies by 0: it must be a number.
         spare = NEAR * TILE
         self.error = inner.new_zeros(rows * columns + spare)[:-spare].view(rows, columns)
+        self.error.copy_(inner)  # what is not encoded yet is the weight
         self.fed_back = inner.new_zeros(rows + spare, columns)  # F
         # From afar, across and down, for tile i in turn s at [.., s % 16, i].
         far = (2, 2 * SIDE, self.down, self.panels, TILE, TILE)
@@ -88,12 +89,12 @@ class _Panels:
             near_out = self.near_out[outs + first : outs + last + 1]
             after, below = self._near(s, rows)
             far_across, far_down = self.far[:, s % (2 * SIDE), rows]
-            weight = self._tiles(self.inner, s, rows)
+            weight = self._tiles(self.error, s, rows)
             across = far_across + after @ near_out
             down = far_down + self.near_in[rows] @ below
             values, found = _encoded(weight + across + down, bits, codebook)
             error = weight - values
-            self._tiles(self.error, s, rows).copy_(error)
+            weight.copy_(error)
             self._tiles(self.fed_back, s, rows).copy_(error + across)
             self._turn(states, s, rows, 1, states[0, 0]).copy_(found)
 
@@ -109,7 +110,7 @@ class _Panels:
                 across = self.error[own[0], d:] @ self.factors_out[0, d:, own[1]]
             else:  # panels are a square wide
                 across = torch.zeros_like(self.error[own])
-            below = self.fed_back[b : len(self.inner), own[1]]
+            below = self.fed_back[b : len(self.error), own[1]]
             return across, parallel.matmul(self.factor_in[b:, own[0]].T, below)
 
         found = [torch.stack(pair) for pair in parallel.each(square, range(first, last + 1))]
