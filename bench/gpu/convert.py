@@ -91,6 +91,7 @@ def _converted(
         "bits": BITS,
         "tokens": rows * cols,
         "seconds": round(seconds, 1),
+        "seconds told before": round(expected.seconds, 1),
         "weights/s": round(weights / seconds),
         "last relative error": float(re.findall(r"relative error ([\d.]+)", told.getvalue())[-1]),
     }

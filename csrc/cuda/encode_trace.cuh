@@ -25,7 +25,7 @@ struct TraceMemory {
 
 // The least number of all lanes.
 __device__ __forceinline__ uint32_t least_of_all(uint32_t x) {
-#if defined(__CUDA_ARCH__)
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   return __reduce_min_sync(0xFFFFFFFFu, x);
 #else
   for (int mask = 1; mask < kWarp; mask *= 2) x = min(x, from_lane_xor(x, mask));
