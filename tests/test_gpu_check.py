@@ -89,6 +89,20 @@ def test_what_a_process_finds_and_says(checker):
         checker.run([sys.executable, "-c", "raise SystemExit('no such thing')"], 60)
 
 
+def test_a_crash_is_shown_from_where_it_began(checker):
+    """Python's own report of it: the frames, the last call first, and all modules at the end."""
+    code = "import faulthandler, numpy, os\nfaulthandler.enable()\nos.abort()"
+    frames = "\n".join(f"def f{i}(): f{i + 1}()" for i in range(30))
+    code = f"{frames}\ndef f30():\n  {code.replace(chr(10), chr(10) + '  ')}\nf0()"
+    part = checker.run_part(
+        "tests", lambda limit: checker.run([sys.executable, "-c", code], limit), 60
+    )
+    assert part["error"].startswith("Fatal Python error: Aborted")
+    assert "in f30" in part["error"]
+    assert "Extension modules" not in part["error"]
+    assert checker.summary(part).endswith("Fatal Python error: Aborted")
+
+
 def test_tests_that_all_skip_are_no_success(checker, tmp_path, monkeypatch):
     (tmp_path / "tests").mkdir()
     test = "import pytest\ndef test_a(): pytest.skip('no GPU')\n"

@@ -87,7 +87,7 @@ class _Panels:
             first, last = max(0, s - self.across + 1), min(self.down - 1, s)
             rows, outs = slice(first, last + 1), self.across - 1 - s
             near_out = self.near_out[outs + first : outs + last + 1]
-            after, below = self._near(s, rows)
+            after, below = self._behind(s, rows)
             far_across, far_down = self.far[:, s % (2 * SIDE), rows]
             weight = self._tiles(self.error, s, rows)
             across = far_across + after @ near_out
@@ -120,7 +120,7 @@ class _Panels:
         turns = (self.turns + s * SIDE) % (2 * SIDE)
         self.far[:, turns, rows.view(-1, SIDE, 1)] = tiles
 
-    def _near(self, s: int, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    def _behind(self, s: int, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """Errors right of the tiles of a turn (t, p, 16, near), and F below them
         (t, p, near, 16), as views."""
         near, errors, fed_back = NEAR * TILE, self.error[:, TILE:], self.fed_back[TILE:]
